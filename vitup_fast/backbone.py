@@ -1,0 +1,516 @@
+"""The frozen vision transformer: from an image to its hidden states and its fine patch grid (paper, sec. 3).
+
+Any timm model with ``patch_embed``, ``blocks`` and ``norm`` will do; the published networks read DINOv3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import product
+from numbers import Integral
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+from .config import ViTUpConfig
+from .errors import InputError, expected, require
+
+LORA_PREFIX = "backbone.base_model.model."
+PUBLISHED_LORA_SCALING = 2.0
+
+_MAX_PHASES = 64
+_STRIP_ELEMENTS = 2**20
+
+
+class Backbone(nn.Module):
+    """A timm vision transformer, read at several depths.
+
+    Args:
+        model: timm model made with ``dynamic_img_size=True``; kept as ``.model``.
+        layer_indices: depths to read; 0 is the embedding, i the output of block i (counted from 1).
+
+    Raises:
+        InputError: the model is no vision transformer with square patches, or has too few blocks.
+
+    """
+
+    def __init__(self, model: nn.Module, layer_indices: Iterable[int]) -> None:
+        super().__init__()
+        _check_model(model)
+        self.layer_indices = tuple(int(index) for index in layer_indices)
+        depth = len(model.blocks)
+        if not self.layer_indices or min(self.layer_indices) < 0 or max(self.layer_indices) > depth:
+            raise expected("layer_indices", f"depths from 0 to {depth}, the model's last", self.layer_indices)
+        self.model = model
+
+    @classmethod
+    def create(cls, config: ViTUpConfig, *, pretrained: bool = False) -> Backbone:
+        """Build the backbone that a configuration names.
+
+        Args:
+            config: names the timm model, its options and the depths to read.
+            pretrained: let timm fetch its published weights; ``HF_HUB_OFFLINE=1`` restricts it to its cache.
+
+        Raises:
+            InputError: timm cannot build the model, or cannot get its weights.
+            MissingPackageError: timm is not installed.
+
+        """
+        if config.backbone is None:
+            raise expected("config.backbone", "the name of a timm model", None)
+        timm = require("timm", "timm", "building a backbone")
+        options = {"num_classes": 0, "dynamic_img_size": True, **dict(config.backbone_options)}
+        try:
+            model = timm.create_model(config.backbone, pretrained=pretrained, **options)
+        except Exception as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            if pretrained:
+                raise InputError(
+                    f"backbone: timm could not get the pretrained weights of {config.backbone!r} ({reason}); "
+                    "pass a local file instead: backbone=PATH."
+                ) from error
+            raise InputError(f"backbone: timm could not build {config.backbone!r} ({reason}).") from error
+        return cls(model, config.layer_indices)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.model.patch_embed.proj.kernel_size[0]
+
+    @property
+    def dim(self) -> int:
+        """Feature width D."""
+        return self.model.patch_embed.proj.out_channels
+
+    def hidden_states(
+        self,
+        images: Tensor,  # [B, 3, H, W]
+        size: tuple[int, int],
+    ) -> list[Tensor]:
+        """Compute the hidden states of the chosen depths (spec section 3).
+
+        Depth 0 is the embedding output; depth i the output of block i through the next block's first
+        LayerNorm, or through the final norm after the last block. Prefix tokens are dropped.
+
+        Args:
+            images: normalised images, [B, 3, H, W], any floating dtype.
+            size: height and width in pixels to which the images are resized, multiples of the patch size.
+
+        Returns:
+            One tensor [B, h, w, D] per layer index, with h, w = size / patch_size.
+
+        Raises:
+            InputError: images or size do not fit.
+
+        """
+        self._check_images(images)
+        patches = _checked_size(size, self.patch_size)
+        weight = self.model.patch_embed.proj.weight
+        images = images.to(_resize_dtype(images, weight))
+        if images.shape[-2:] != tuple(size):
+            images = F.interpolate(images, tuple(size), mode="bilinear", align_corners=False)
+        images = images.to(weight.dtype)  # [B, 3, size]
+
+        states = {}
+        if 0 in self.layer_indices:
+            tokens = self.model.patch_embed(images)
+            states[0] = self._embedding_output(tokens.reshape(len(images), *patches, self.dim))
+        depths = sorted(set(self.layer_indices) - {0})
+        if depths:
+            outputs = self.model.forward_intermediates(
+                images,
+                indices=[depth - 1 for depth in depths],
+                stop_early=True,
+                output_fmt="NLC",
+                intermediates_only=True,
+            )
+            for depth, output in zip(depths, outputs, strict=True):
+                states[depth] = self._norm_after(depth)(output).unflatten(1, patches)  # [B, h, w, D]
+        return [states[depth] for depth in self.layer_indices]
+
+    def patch_grid(
+        self,
+        images: Tensor,  # [B, 3, H, W]
+        size: tuple[int, int],
+    ) -> Tensor:
+        """Embed the patches of the enlarged image, without ever holding that image (spec sections 3 and 6).
+
+        Equal to the embedding output (no blocks) of the image resized bilinearly to
+        ``(P * patch_size, Q * patch_size)``. Both maps are linear and separable per axis: where few distinct
+        interpolation windows occur they fold into the patch embedding, elsewhere the image is enlarged strip
+        by strip. Gradients flow to the images and to the patch embedding.
+
+        Args:
+            images: normalised images, [B, 3, H, W], any floating dtype.
+            size: rows P and columns Q of patches.
+
+        Returns:
+            Patch embeddings [B, P, Q, D], in the autocast dtype where autocast is on, else in the weights'.
+
+        Raises:
+            InputError: images or size do not fit.
+
+        """
+        self._check_images(images)
+        size = _checked_size(size, 1)
+        embed = self.model.patch_embed
+        weight = embed.proj.weight
+        device = images.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+        with torch.autocast(device, enabled=False):
+            images = images.to(_resize_dtype(images, weight))
+            method = _embed_folded if _folding_pays(images, weight, size) else _embed_strips
+            tokens = method(images, weight, embed.proj.bias, size, dtype)  # [B, P, Q, D]
+        return self._embedding_output(embed.norm(tokens))
+
+    def add_lora(self, rank: int, scaling: float = PUBLISHED_LORA_SCALING) -> None:
+        """Freeze the model and add trainable low-rank adapters (spec section 5), at first without effect.
+
+        They sit on the patch embedding and on q, k, v and o of every block, as parametrizations of the
+        weights. An adapter that lives in weight space cannot have the authors' dropout of its input, which is
+        left out.
+
+        Args:
+            rank: rank r of every adapter.
+            scaling: alpha / r.
+
+        Raises:
+            InputError: adapters are there already, the rank is not positive, or q, k and v are not fused.
+
+        """
+        if rank < 1:
+            raise expected("rank", "a positive number", rank)
+        sites = lora_sites(self)
+        self.model.requires_grad_(False)
+        for site in sites:
+            adapter = LoRA(site.module.weight, site.names, rank, scaling)
+            parametrize.register_parametrization(site.module, "weight", adapter)
+
+    def merge_lora(self) -> None:
+        """Fold the adapters into the weights, in float64, and remove them."""
+        if not self._adapters():
+            return
+        for module, _ in _sites(self.model):
+            original, (adapter,) = module.parametrizations.weight.original, module.parametrizations.weight
+            merged = merged_weight(original, adapter.lora_A, adapter.lora_B, adapter.scaling)
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            with torch.no_grad():
+                module.weight.copy_(merged)
+
+    @contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        """Run the model without its adapters inside the ``with`` block (the teacher of spec section 9)."""
+        adapters = self._adapters()
+        before = [adapter.enabled for adapter in adapters]
+        try:
+            for adapter in adapters:
+                adapter.enabled = False
+            yield
+        finally:
+            for adapter, enabled in zip(adapters, before, strict=True):
+                adapter.enabled = enabled
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """Return the adapters' parameters, empty without adapters."""
+        return [parameter for adapter in self._adapters() for parameter in adapter.parameters()]
+
+    def lora_state_dict(self) -> dict[str, Tensor]:
+        """Return copies of the adapters under their published names (spec section 4); empty without any."""
+        tensors = {}
+        for adapter in self._adapters():
+            lora_a, lora_b = adapter.lora_A.detach().clone(), adapter.lora_B.detach().clone()
+            for name, a, b in zip(adapter.names, lora_a, lora_b, strict=True):
+                a_shape, b_shape = lora_shapes(adapter.weight_shape, len(adapter.names), len(a))
+                tensors[lora_key(name, "A")] = a.view(a_shape)
+                tensors[lora_key(name, "B")] = b.view(b_shape)
+        return tensors
+
+    def _adapters(self) -> list[LoRA]:
+        """List the adapters in the order of their layers."""
+        return [module for module in self.model.modules() if isinstance(module, LoRA)]
+
+    def _norm_after(self, depth: int) -> nn.Module:
+        """Return the norm that reads the output of a depth."""
+        blocks = self.model.blocks
+        return blocks[depth].norm1 if depth < len(blocks) else self.model.norm
+
+    def _embedding_output(
+        self,
+        tokens: Tensor,  # [B, P, Q, D]
+    ) -> Tensor:
+        """Add what timm puts between patch embedding and first block: absolute positions and a norm."""
+        model = self.model
+        if getattr(model, "pos_embed", None) is not None:
+            prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+            layers = require("timm.layers", "timm", "resampling position embeddings")
+            positions = layers.resample_abs_pos_embed(
+                model.pos_embed, tokens.shape[1:3], model.patch_embed.grid_size, num_prefix_tokens=prefix
+            )  # [1, prefix + P * Q, D]
+            tokens = tokens + positions[:, prefix:].unflatten(1, tokens.shape[1:3])
+        return model.norm_pre(tokens) if hasattr(model, "norm_pre") else tokens
+
+    def _check_images(self, images: Tensor) -> None:
+        """Refuse what is not a batch of floating-point images with the model's channels."""
+        channels = self.model.patch_embed.proj.in_channels
+        shape = tuple(images.shape)
+        if images.ndim != 4 or shape[1] != channels or 0 in shape:
+            raise expected("images", f"shape (B, {channels}, H, W), none of them zero", shape)
+        if not images.is_floating_point():
+            raise expected("images", "a floating dtype", images.dtype, "Convert and normalise them first.")
+
+
+class LoRA(nn.Module):
+    """Low-rank update ``weight + scaling * B A`` of a weight whose rows come in equal named parts (q, k, v).
+
+    ``lora_A`` [parts, r, in] starts as in peft (Kaiming uniform), ``lora_B`` [parts, out / parts, r] at zero.
+    """
+
+    def __init__(self, weight: Tensor, names: tuple[str, ...], rank: int, scaling: float) -> None:
+        super().__init__()
+        self.names = names
+        self.weight_shape = weight.shape
+        rows, columns = weight.flatten(1).shape
+        self.scaling = scaling
+        self.enabled = True
+        self.lora_A = nn.Parameter(weight.new_empty(len(names), rank, columns))
+        self.lora_B = nn.Parameter(weight.new_zeros(len(names), rows // len(names), rank))
+        nn.init.uniform_(self.lora_A, -(columns**-0.5), columns**-0.5)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the adapted weight, or the weight itself while disabled."""
+        if not self.enabled:
+            return weight
+        return weight + (self.scaling * (self.lora_B @ self.lora_A)).view_as(weight)
+
+
+class LoRASite(NamedTuple):
+    """A layer that carries adapters, and the published name of each part of its rows."""
+
+    module: nn.Module
+    names: tuple[str, ...]
+
+
+def lora_key(name: str, matrix: str) -> str:
+    """Return the published key of matrix ``"A"`` or ``"B"`` of the adapter on a module."""
+    return f"{LORA_PREFIX}{name}.lora_{matrix}.default.weight"
+
+
+def lora_shapes(weight_shape: torch.Size, parts: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the published shapes of A [r, in...] and B [out / parts, r, 1...] for one part of a weight."""
+    rows, *columns = weight_shape
+    return (rank, *columns), (rows // parts, rank, *[1] * (len(columns) - 1))
+
+
+def lora_sites(backbone: Backbone) -> list[LoRASite]:
+    """List the layers that take adapters: patch embedding, then q, k, v and o of every block.
+
+    Raises:
+        InputError: adapters are there already, or the model's attention has no fused qkv.
+
+    """
+    for n, block in enumerate(backbone.model.blocks):
+        if not isinstance(getattr(getattr(block, "attn", None), "qkv", None), nn.Linear):
+            raise expected(
+                "backbone",
+                f"one fused qkv layer in block {n}",
+                "none",
+                "Build the timm model with qkv_fused=True.",
+            )
+    if backbone.lora_parameters():
+        raise expected("backbone", "a model without adapters", "one with", "Call merge_lora() before.")
+    return _sites(backbone.model)
+
+
+@torch.no_grad()
+def merged_weight(
+    weight: Tensor,  # [out, ...]
+    lora_a: Tensor,  # [parts, r, in]
+    lora_b: Tensor,  # [parts, out / parts, r]
+    scaling: float,
+) -> Tensor:
+    """Return ``weight + scaling * B A``, computed in float64 and rounded once to the weight's dtype."""
+    update = lora_b.to(weight.device, torch.float64) @ lora_a.to(weight.device, torch.float64)
+    return (weight.double() + scaling * update.view_as(weight)).to(weight.dtype)
+
+
+def _sites(model: nn.Module) -> list[LoRASite]:
+    """List the layers of a checked model that take adapters."""
+    sites = [LoRASite(model.patch_embed.proj, ("embeddings.patch_embeddings",))]
+    for n, block in enumerate(model.blocks):
+        attention = f"layer.{n}.attention."
+        sites.append(LoRASite(block.attn.qkv, tuple(f"{attention}{part}_proj" for part in "qkv")))
+        sites.append(LoRASite(block.attn.proj, (f"{attention}o_proj",)))
+    return sites
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse a model whose hidden states or patch grid could not be computed."""
+    parts = ("patch_embed", "blocks", "norm", "forward_intermediates")
+    missing = [part for part in parts if not hasattr(model, part)]
+    if missing:
+        raise expected("model", "a timm vision transformer", f"one without {', '.join(missing)}")
+    if not all(hasattr(block, "norm1") for block in model.blocks):
+        raise expected("model", "blocks that begin with a norm1", type(model.blocks[0]).__name__)
+    proj = getattr(model.patch_embed, "proj", None)
+    if not isinstance(proj, nn.Conv2d) or proj.kernel_size != proj.stride or len(set(proj.stride)) > 1:
+        raise expected("model", "a convolution over square patches as patch_embed.proj", proj)
+    if not getattr(model, "dynamic_img_size", False):
+        raise expected(
+            "model", "a timm model for any image size", "a fixed size", "Build it with dynamic_img_size=True."
+        )
+
+
+def _checked_size(size: tuple[int, int], unit: int) -> tuple[int, int]:
+    """Return a size in units, or refuse one that is not two positive multiples."""
+    integers = isinstance(size, Sequence) and all(isinstance(n, Integral) for n in size)
+    if not integers or len(size) != 2 or any(n < 1 or n % unit for n in size):
+        raise expected("size", "two positive integers" + (f", multiples of {unit}" if unit > 1 else ""), size)
+    return int(size[0]) // unit, int(size[1]) // unit
+
+
+def _resize_dtype(images: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the dtype in which images are resized: never narrower than float32, images or weights."""
+    return torch.promote_types(torch.promote_types(images.dtype, weight.dtype), torch.float32)
+
+
+def _bilinear_positions(source: int, target: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return floor and fraction of ``(i + 0.5) * source / target - 0.5`` for i < count, computed exactly."""
+    numerator = (2 * torch.arange(count, device="cpu") + 1) * source - target
+    floor = torch.div(numerator, 2 * target, rounding_mode="floor")
+    return floor, (numerator - floor * 2 * target).double() / (2 * target)  # [count], [count]
+
+
+class _Axis(NamedTuple):
+    """How the patches of one axis see the source pixels.
+
+    Patch ``k * period + i`` reads ``width`` pixels from ``starts[i] + k * stride`` on, in the source padded
+    by ``padding`` copies of its border pixels, and ``matrices[i]`` interpolates its pixels from them.
+    """
+
+    stride: int
+    period: int
+    width: int
+    starts: list[int]
+    padding: tuple[int, int]
+    matrices: Tensor  # [period, patch, width], float64
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # the cached matrices outlive the mode of the first call
+def _fold_axis(source: int, patches: int, patch: int) -> _Axis:
+    """Plan one axis; copies of the border pixels stand for the clamping, so only the phases differ."""
+    repeats = math.gcd(source, patches)
+    stride, period = source // repeats, patches // repeats
+    floor, fraction = _bilinear_positions(source, patches * patch, period * patch)
+    floor, fraction = floor.view(period, patch), fraction.view(period, patch)
+    first = floor[:, 0]  # [period]
+    tap = floor - first[:, None]  # [period, patch]
+    width = int((tap + (fraction > 0)).max()) + 1
+    matrices = torch.zeros(period, patch, width, dtype=torch.float64, device="cpu")
+    matrices.scatter_(2, tap[..., None], 1 - fraction[..., None])
+    matrices.scatter_add_(2, (tap + 1).clamp(max=width - 1)[..., None], fraction[..., None])
+    before = max(0, -int(first.min()))
+    after = max(0, int(first.max()) + (repeats - 1) * stride + width - source)
+    return _Axis(stride, period, width, (first + before).tolist(), (before, after), matrices)
+
+
+def _axes(images: Tensor, weight: Tensor, size: tuple[int, int]) -> tuple[_Axis, _Axis]:
+    """Plan rows and columns."""
+    patch = weight.shape[-1]
+    return _fold_axis(images.shape[2], size[0], patch), _fold_axis(images.shape[3], size[1], patch)
+
+
+def _folding_pays(images: Tensor, weight: Tensor, size: tuple[int, int]) -> bool:
+    """Compare multiplications per channel pair: folding and small windows, or full patches."""
+    rows, columns = _axes(images, weight, size)
+    patch = weight.shape[-1]
+    window = rows.width * columns.width
+    phases = rows.period * columns.period
+    fold = rows.period * rows.width * patch**2 + phases * window * patch
+    patches = len(images) * size[0] * size[1]
+    return phases <= _MAX_PHASES and fold + patches * window < patches * patch**2
+
+
+def _embed_folded(
+    images: Tensor,  # [B, C, H, W]
+    weight: Tensor,  # [D, C, patch, patch]
+    bias: Tensor | None,  # [D]
+    size: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Embed with weights into which the interpolation is folded: one small convolution per pair of phases."""
+    rows, columns = _axes(images, weight, size)
+    kernels = torch.einsum(
+        "dcuv,iuy,jvx->ijdcyx", weight.to(images.dtype), rows.matrices.to(images), columns.matrices.to(images)
+    ).to(dtype)  # [row phases, column phases, D, C, window]
+    bias = None if bias is None else bias.to(dtype)
+    padded = F.pad(images, (*columns.padding, *rows.padding), mode="replicate").to(dtype)
+
+    def embed(i: int, j: int) -> Tensor:
+        """Embed the patches of one pair of phases."""
+        windows = padded[:, :, _reach(rows, i, size[0]), _reach(columns, j, size[1])]
+        windows = windows.contiguous(memory_format=torch.channels_last)  # result: [B, P, Q, D]
+        return F.conv2d(windows, kernels[i, j], bias, (rows.stride, columns.stride)).permute(0, 2, 3, 1)
+
+    if rows.period == columns.period == 1:
+        return embed(0, 0)
+    grid = images.new_empty(len(images), *size, len(weight), dtype=dtype)
+    for i, j in product(range(rows.period), range(columns.period)):
+        grid[:, i :: rows.period, j :: columns.period] = embed(i, j)
+    return grid
+
+
+def _reach(axis: _Axis, phase: int, patches: int) -> slice:
+    """Return the padded pixels that the patches of one phase see."""
+    start = axis.starts[phase]
+    return slice(start, start + (patches // axis.period - 1) * axis.stride + axis.width)
+
+
+def _embed_strips(
+    images: Tensor,  # [B, C, H, W]
+    weight: Tensor,  # [D, C, patch, patch]
+    bias: Tensor | None,  # [D]
+    size: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Embed a few rows of patches at a time; backward enlarges each strip anew instead of keeping it."""
+    patch = weight.shape[-1]
+    taps = [_taps(images, axis, size[axis - 2] * patch) for axis in (2, 3)]
+    matrix = weight.flatten(1).to(dtype)  # [D, C * patch * patch]
+    bias = None if bias is None else bias.to(dtype)
+
+    def embed(start: int, stop: int) -> Tensor:
+        """Embed patch rows start..stop."""
+        strip = _lerp(images, 2, *(tap[start * patch : stop * patch] for tap in taps[0]))
+        strip = _lerp(strip, 3, *taps[1]).to(dtype)  # [B, C, (stop - start) * patch, Q * patch]
+        strip = strip.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, C, rows, patch, Q, patch]
+        return F.linear(strip.permute(0, 2, 4, 1, 3, 5).flatten(3), matrix, bias)  # [B, rows, Q, D]
+
+    grid = images.new_empty(len(images), *size, len(weight), dtype=dtype)
+    step = max(1, _STRIP_ELEMENTS // (images.shape[0] * images.shape[1] * size[1] * patch**2))
+    for start in range(0, size[0], step):
+        stop = min(start + step, size[0])
+        grid[:, start:stop] = checkpoint(embed, start, stop, use_reentrant=False, preserve_rng_state=False)
+    return grid
+
+
+def _taps(images: Tensor, axis: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return lower pixel, upper pixel and weight of the upper one for every target pixel of an axis."""
+    last = images.shape[axis] - 1
+    floor, fraction = _bilinear_positions(last + 1, target, target)
+    low, high = floor.clamp(0, last), (floor + 1).clamp(0, last)
+    return low.to(images.device), high.to(images.device), fraction.to(images)  # [target] each
+
+
+def _lerp(images: Tensor, axis: int, low: Tensor, high: Tensor, fraction: Tensor) -> Tensor:
+    """Interpolate one spatial axis linearly."""
+    fraction = fraction[:, None] if axis == 2 else fraction
+    return torch.lerp(images.index_select(axis, low), images.index_select(axis, high), fraction)

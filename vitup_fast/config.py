@@ -1,0 +1,101 @@
+"""The sizes of a ViT-Up network and its published presets (paper, section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import expected
+
+LAYER_NORM_EPS = 1e-5
+ROPE_BASE = 100.0
+POSITION_CODE_BANDS = 16
+POSITION_CODE_MAX_RESOLUTION = 10.0
+TRANSITION_EXPANSION = 2
+MLP_EXPANSION = 4
+
+
+@dataclass(frozen=True)
+class ViTUpConfig:
+    """Sizes of a ViT-Up network.
+
+    Attributes:
+        dim: feature width D of the backbone and of the queries.
+        num_heads: attention heads Hh; the head width ``dim / num_heads`` must be a multiple of 4 (2D RoPE).
+        layer_indices: backbone depths read, ascending from 0; 0 is the embedding, i the output of block i.
+        backbone: name of the timm model whose features are upsampled.
+        backbone_options: keyword arguments for ``timm.create_model`` beyond the name.
+        hidden_size: side in pixels of the image from which hidden states are computed.
+        patch_grid_density: patches of the fine patch grid per hidden-state token, along each axis.
+
+    Raises:
+        InputError: the sizes do not fit each other.
+    """
+
+    dim: int
+    num_heads: int
+    layer_indices: tuple[int, ...]
+    backbone: str | None = None
+    backbone_options: tuple[tuple[str, object], ...] = ()
+    hidden_size: int = 448
+    patch_grid_density: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer_indices", tuple(int(i) for i in self.layer_indices))
+        if self.num_heads < 1 or self.dim < 1 or self.dim % (4 * self.num_heads):
+            raise expected(
+                "dim", "a positive multiple of 4 * num_heads", f"dim={self.dim}, num_heads={self.num_heads}"
+            )
+        ascending = all(a < b for a, b in zip(self.layer_indices, self.layer_indices[1:], strict=False))
+        if len(self.layer_indices) < 2 or self.layer_indices[0] != 0 or not ascending:
+            raise expected("layer_indices", "at least two ascending depths from 0", self.layer_indices)
+
+    @property
+    def head_dim(self) -> int:
+        """Width d of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def num_layers(self) -> int:
+        """Number L of backbone depths read; the network has L - 1 blocks and L decoders."""
+        return len(self.layer_indices)
+
+    @classmethod
+    def preset(cls, name: str) -> ViTUpConfig:
+        """Return a published configuration: ``"dinov3_splus"``, ``"dinov3_base"``, or ``"tiny"`` for tests.
+
+        Raises:
+            InputError: the name is unknown.
+        """
+        if name not in PRESETS:
+            raise expected("name", f"one of {sorted(PRESETS)}", repr(name))
+        return PRESETS[name]
+
+
+PRESETS = {
+    "dinov3_splus": ViTUpConfig(
+        dim=384,
+        num_heads=6,
+        layer_indices=(0, 2, 4, 6, 8, 10, 12),
+        backbone="vit_small_plus_patch16_dinov3_qkvb",
+    ),
+    "dinov3_base": ViTUpConfig(
+        dim=768,
+        num_heads=12,
+        layer_indices=(0, 2, 4, 6, 8, 10, 12),
+        backbone="vit_base_patch16_dinov3_qkvb",
+    ),
+    "tiny": ViTUpConfig(
+        dim=64,
+        num_heads=2,
+        layer_indices=(0, 2, 4),
+        backbone="vit_small_plus_patch16_dinov3_qkvb",
+        backbone_options=(
+            ("embed_dim", 64),
+            ("depth", 4),
+            ("num_heads", 2),
+            ("mlp_ratio", 2.0),
+            ("swiglu_align_to", 8),
+        ),
+        hidden_size=64,
+    ),
+}

@@ -1,0 +1,652 @@
+"""The ViT-Up network: parameters under their published names, the image cache, and the walk of the queries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import (
+    LAYER_NORM_EPS,
+    MLP_EXPANSION,
+    POSITION_CODE_BANDS,
+    POSITION_CODE_MAX_RESOLUTION,
+    ROPE_BASE,
+    TRANSITION_EXPANSION,
+    ViTUpConfig,
+)
+from .errors import expected
+from .heads import Head, fold_head
+from .ops import (
+    AttentionWeights,
+    FilmTable,
+    FilmWeights,
+    MLPWeights,
+    PositionWeights,
+    bilinear_sample,
+    film_mlp,
+    norm_linear,
+    residual_mlp,
+    rope_cross_attention,
+)
+from .ops.checks import check_coords, check_features
+from .ops.coordinates import rope_angles, rope_inv_freq, rotate_pairs, token_centres
+from .ops.dispatch import resolve
+from .ops.film_mlp import film_gamma_beta
+from .ops.primitives import pack
+
+# Queries whose activations stay in the last-level cache while a block's weights pass by.
+CHUNK_QUERIES = {"cpu": 1024, "cuda": 8448}
+# A table of relative positions is computed once per call up to this many rows, beyond that once per chunk.
+SHARED_TABLE_ROWS = 2048
+
+
+Weights = TypeVar("Weights")
+
+
+class _FixedPrecision(nn.Module):
+    """Holds a constant buffer that follows the module's device but never its dtype."""
+
+    def __init__(self, name: str, values: Tensor, persistent: bool) -> None:
+        super().__init__()
+        self.register_buffer(name, values, persistent=persistent)
+        self._name = name
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = getattr(self, self._name)
+        super()._apply(fn, recurse)
+        setattr(self, self._name, before.to(getattr(self, self._name).device))
+        return self
+
+
+class _MLP(nn.Module):
+    """Two linear layers with GELU between, behind a LayerNorm if ``norm``; holds parameters only."""
+
+    def __init__(self, dim: int, hidden: int, out: int, norm: bool) -> None:
+        super().__init__()
+        layers = [nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, out)]
+        self.mlp = nn.Sequential(*([nn.LayerNorm(dim, LAYER_NORM_EPS)] if norm else []), *layers)
+
+
+class _CrossAttention(nn.Module):
+    """Projections of the cross-attention; holds parameters only."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+
+
+class _Film(nn.Module):
+    """The FiLM-modulated MLP of the nearest token; holds parameters only."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm_input = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.gamma_beta_mlp = _MLP(2 + 4 * POSITION_CODE_BANDS, dim, 2 * dim, norm=False)
+        self.post_mlp = _MLP(dim, MLP_EXPANSION * dim, dim, norm=True)
+        # Training starts without modulation (paper, appendix on training).
+        nn.init.zeros_(self.gamma_beta_mlp.mlp[-1].weight)
+        nn.init.zeros_(self.gamma_beta_mlp.mlp[-1].bias)
+
+
+class _Block(nn.Module):
+    """One step of a query from one backbone depth to the next; holds parameters only."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.transition_mlp = _MLP(dim, TRANSITION_EXPANSION * dim, dim, norm=True)
+        self.norm_q_global = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.norm_h_global = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.cross_attention = _CrossAttention(dim)
+        self.featx = _Film(dim)
+        self.norm_h_local = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.norm_post = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.mlp = _MLP(dim, MLP_EXPANSION * dim, dim, norm=False)
+
+
+class _Decoder(nn.Module):
+    """LayerNorm and linear layer from a query to the feature of its depth; holds parameters only."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.LayerNorm(dim, LAYER_NORM_EPS), nn.Linear(dim, dim))
+
+
+class BlockWeights(NamedTuple):
+    """Parameters of one block as the operations take them."""
+
+    transition: MLPWeights
+    attention: AttentionWeights
+    position: PositionWeights
+    film: FilmWeights
+    mlp: MLPWeights
+
+
+class DecoderWeights(NamedTuple):
+    """Parameters of one decoder as :func:`norm_linear` takes them."""
+
+    norm_weight: Tensor  # [D]
+    norm_bias: Tensor  # [D]
+    weight: Tensor  # [E, D]
+    bias: Tensor  # [E]
+
+
+class NetworkWeights(NamedTuple):
+    """Parameters of the whole network as the operations take them."""
+
+    blocks: list[BlockWeights]
+    decoders: list[DecoderWeights]
+
+
+class _Queries(NamedTuple):
+    """A chunk of queries: coordinates, and per block a table of their relative positions if they share some."""
+
+    coords: Tensor  # [B, n, 2]
+    tables: Sequence[FilmTable | None]
+
+
+def _parameters(*modules: nn.Linear | nn.LayerNorm) -> Iterator[Tensor]:
+    """Weight and bias of each module in turn."""
+    for module in modules:
+        yield from (module.weight, module.bias)
+
+
+def _block_weights(block: _Block) -> BlockWeights:
+    """Collect the parameters of one block."""
+    transition, post, mlp = block.transition_mlp.mlp, block.featx.post_mlp.mlp, block.mlp.mlp
+    position, attention = block.featx.gamma_beta_mlp.mlp, block.cross_attention
+    return BlockWeights(
+        MLPWeights(*_parameters(transition[0], transition[1], transition[3])),
+        AttentionWeights(*_parameters(block.norm_q_global, attention.q_proj, attention.out_proj)),
+        PositionWeights(*_parameters(position[0], position[2])),
+        FilmWeights(MLPWeights(*_parameters(post[0], post[1], post[3])), *_parameters(block.norm_h_local)),
+        MLPWeights(*_parameters(block.norm_post, mlp[0], mlp[2])),
+    )
+
+
+def _map(value: Weights, fn: Callable[[Tensor], Tensor]) -> Weights:
+    """Apply ``fn`` to every tensor of nested named tuples and lists."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    mapped = [_map(v, fn) for v in value]
+    return mapped if isinstance(value, list) else type(value)(*mapped)
+
+
+def _cast(value: Weights, dtype: torch.dtype) -> Weights:
+    """Cast every tensor of nested named tuples and lists."""
+    return _map(value, lambda t: t.to(dtype))
+
+
+@dataclass(frozen=True)
+class ImageCache:
+    """What a network needs to know of a batch of images, computed once and used by any number of query sets.
+
+    It holds projections by the network's weights: after changing those, call ``prepare`` again.
+
+    Attributes:
+        keys: per block, projected and rotated keys.  # L - 1 times [B, Hh, h * w, d]
+        values: per block, projected values.  # L - 1 times [B, Hh, h * w, d]
+        tokens: per block, LayerNormed hidden states.  # L - 1 times [B, h, w, D]
+        patch_grid: the fine patch grid.  # [B, P, Q, D]
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    tokens: tuple[Tensor, ...]
+    patch_grid: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images B."""
+        return self.patch_grid.shape[0]
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of the tokens, (h, w)."""
+        return self.tokens[0].shape[1], self.tokens[0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all tensors in bytes."""
+        return sum(t.nbytes for t in (*self.keys, *self.values, *self.tokens, self.patch_grid))
+
+    def __len__(self) -> int:
+        return self.batch_size
+
+    def __getitem__(self, images: int | slice | Sequence[int] | Tensor) -> ImageCache:
+        """Select images; an integer keeps the batch axis, so that the result is a cache of one image."""
+        if isinstance(images, int):
+            if not -self.batch_size <= images < self.batch_size:
+                raise IndexError(f"image {images} of a cache of {self.batch_size}")
+            images %= self.batch_size
+            images = slice(images, images + 1)
+        return self._map(lambda t: t[images])
+
+    def to(self, *args: object, **kwargs: object) -> ImageCache:
+        """Move or cast every tensor, with the arguments of :meth:`torch.Tensor.to`."""
+        return self._map(lambda t: t.to(*args, **kwargs))
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> ImageCache:
+        """Apply ``fn`` to every tensor."""
+        per_block = (tuple(fn(t) for t in ts) for ts in (self.keys, self.values, self.tokens))
+        return ImageCache(*per_block, fn(self.patch_grid))
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient may flow back into the image."""
+        return any(t.requires_grad for t in (*self.keys, *self.values, *self.tokens, self.patch_grid))
+
+
+class _GridAxis(NamedTuple):
+    """The cells of one axis of a regular grid, placed exactly in rational arithmetic."""
+
+    coords: Tensor  # [n] cell centres in [0, 1]
+    token: Tensor  # [n] index of the nearest token
+    phase: Tensor  # [n] index into relative
+    relative: Tensor  # [R] distinct relative positions in token units
+
+    @classmethod
+    def create(cls, cells: int, tokens: int, dtype: torch.dtype, device: torch.device) -> _GridAxis:
+        """Place ``cells`` cell centres over ``tokens`` tokens; all counts in units of 1 / (2 cells) token."""
+        centre = (2 * np.arange(cells, dtype=np.int64) + 1) * tokens
+        token, remainder = np.divmod(centre - cells, 2 * cells)
+        token += (remainder > cells) | ((remainder == cells) & (token % 2 == 1))  # ties to the even index
+        token = token.clip(0, tokens - 1)
+        relative, phase = np.unique(centre - (2 * token + 1) * cells, return_inverse=True)
+        coords = (np.arange(cells) + 0.5) / cells
+        to = lambda values, kind: torch.from_numpy(np.asarray(values)).to(device, kind)  # noqa: E731
+        return cls(
+            to(coords, dtype),
+            to(token, torch.int64),
+            to(phase, torch.int64),
+            to(relative / (2 * cells), dtype),
+        )
+
+    def part(self, cells: slice, keep_relative: bool = False) -> _GridAxis:
+        """A run of cells, with all relative positions or only those that occur in it."""
+        phase, relative = self.phase[cells], self.relative
+        if not keep_relative:
+            used, phase = torch.unique(phase, return_inverse=True)
+            relative = relative[used]
+        return _GridAxis(self.coords[cells], self.token[cells], phase, relative)
+
+
+class ViTUp(nn.Module):
+    """ViT-Up (arXiv 2606.14024): features of a vision transformer at any continuous image coordinate.
+
+    Parameters carry the names of the published checkpoints, so that ``load_state_dict`` of one is strict. The
+    frequencies of the position code stay float32 whatever dtype the module is cast to.
+
+    Args:
+        config: sizes of the network.
+    """
+
+    def __init__(self, config: ViTUpConfig) -> None:
+        super().__init__()
+        self.config = config
+        freqs = torch.exp(torch.linspace(0.0, math.log(POSITION_CODE_MAX_RESOLUTION), POSITION_CODE_BANDS))
+        self.rel_pos_enc = _FixedPrecision("freqs", freqs, persistent=True)
+        self.rope = _FixedPrecision("inv_freq", rope_inv_freq(config.head_dim, ROPE_BASE), persistent=False)
+        self.vit_up_blocks = nn.ModuleList(_Block(config.dim) for _ in range(config.num_layers - 1))
+        self.decoder_mlp = nn.ModuleList(_Decoder(config.dim) for _ in range(config.num_layers))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters."""
+        return self.decoder_mlp[0].mlp[1].weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.decoder_mlp[0].mlp[1].weight.device
+
+    def prepare(
+        self, hidden_states: Sequence[Tensor], patch_grid: Tensor, *, impl: str = "auto"
+    ) -> ImageCache:
+        """Compute once what queries need of a batch of images: keys, values, LayerNormed tokens.
+
+        Args:
+            hidden_states: the L hidden states of the backbone, cast to the network's dtype.  # [B, h, w, D] each
+            patch_grid: the fine patch grid, cast to the network's dtype.  # [B, P, Q, D]
+            impl: implementation of the projections.
+
+        Returns:
+            A cache for any number of query sets; gradients flow through it.
+
+        Raises:
+            InputError: wrong number of layers, or a shape, width, dtype or device that does not fit.
+        """
+        L, D = self.config.num_layers, self.config.dim
+        hidden_states = list(hidden_states)
+        if len(hidden_states) != L:
+            raise expected(
+                "hidden_states", f"{L} layers for depths {self.config.layer_indices}", len(hidden_states)
+            )
+        check_features("patch_grid", patch_grid, "(B, P, Q, D)", D)
+        for i, hidden in enumerate(hidden_states):
+            check_features(f"hidden_states[{i}]", hidden, "(B, h, w, D)", D)
+            if hidden.shape != hidden_states[0].shape or hidden.shape[0] != patch_grid.shape[0]:
+                raise expected(
+                    f"hidden_states[{i}]",
+                    f"the shape of hidden_states[0] {tuple(hidden_states[0].shape)} and the batch of "
+                    f"patch_grid {tuple(patch_grid.shape)}",
+                    tuple(hidden.shape),
+                )
+            if hidden.device != self.device:
+                raise expected(f"hidden_states[{i}]", f"device {self.device} of the network", hidden.device)
+        if 0 in hidden_states[0].shape or 0 in patch_grid.shape:
+            raise expected("hidden_states and patch_grid", "no empty axis", tuple(patch_grid.shape))
+        _PACKED.pop(self, None)
+
+        token_grid = tuple(hidden_states[0].shape[1:3])
+        wide = torch.promote_types(self.dtype, torch.float32)
+        centres = token_centres(token_grid, wide, self.device)
+        angles = rope_angles(centres, self.rope.inv_freq).unsqueeze(1)  # [h * w, 1, d / 2]
+        heads = (self.config.num_heads, self.config.head_dim)
+        keys, values, tokens = [], [], []
+        for block, hidden in zip(self.vit_up_blocks, hidden_states[1:], strict=True):
+            hidden = hidden.to(self.dtype)
+            flat, attention = hidden.flatten(1, 2), block.cross_attention  # [B, h * w, D]
+            key = norm_linear(flat, *_parameters(block.norm_h_global, attention.k_proj), impl=impl)
+            value = norm_linear(flat, *_parameters(block.norm_h_global, attention.v_proj), impl=impl)
+            key = rotate_pairs(key.unflatten(-1, heads), angles)  # [B, h * w, Hh, d]
+            keys.append(key.transpose(1, 2).contiguous())
+            values.append(value.unflatten(-1, heads).transpose(1, 2).contiguous())
+            norm = block.featx.norm_input
+            tokens.append(F.layer_norm(hidden, (D,), norm.weight, norm.bias, LAYER_NORM_EPS))
+        grid = patch_grid.to(self.device, self.dtype).contiguous()
+        return ImageCache(tuple(keys), tuple(values), tuple(tokens), grid)
+
+    def forward(
+        self,
+        cache: ImageCache,
+        coords: Tensor,  # [B, N, 2]
+        *,
+        return_all_layers: bool = False,
+        head: Head | None = None,
+        query_chunk_size: int | None = None,
+        max_memory: int | None = None,
+        impl: str = "auto",
+    ) -> Tensor | list[Tensor]:  # [B, N, D]
+        """Predict features at continuous coordinates (paper, section 3.2).
+
+        Args:
+            cache: the images, from :meth:`prepare`.
+            coords: (x, y) in [0, 1] over the image, x to the right, float32 or float64.
+            return_all_layers: return the features of all L depths instead of the last.
+            head: linear head folded into the last decoder, so that scores ``[B, N, C]`` come without features.
+            query_chunk_size: queries walked through the network at once; the result does not depend on it.
+            max_memory: bytes that the pass may use beyond weights, cache and output, instead of a chunk size.
+            impl: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+        Returns:
+            Features in the network's dtype, or the list of L; differentiable unless gradients are disabled.
+
+        Raises:
+            InputError: an argument that does not fit.
+        """
+        self._check_cache(cache)
+        check_coords(coords, batch=cache.batch_size)
+        if coords.device != self.device:
+            raise expected("coords", f"device {self.device} of the network", coords.device)
+        count = coords.shape[1]
+        single = torch.compiler.is_compiling() and query_chunk_size is None and max_memory is None
+        chunk = count if single else self._chunk(query_chunk_size, max_memory)
+        spans = [slice(0, count)] if single else [slice(i, i + chunk) for i in range(0, count, chunk)]
+
+        def queries(span: slice) -> _Queries:
+            return _Queries(coords[:, span], [None] * len(self.vit_up_blocks))
+
+        return self._run(cache, count, spans, queries, return_all_layers, head, chunk, impl)
+
+    def dense(
+        self,
+        cache: ImageCache,
+        size: tuple[int, int],
+        *,
+        return_all_layers: bool = False,
+        head: Head | None = None,
+        query_chunk_size: int | None = None,
+        max_memory: int | None = None,
+        impl: str = "auto",
+    ) -> Tensor | list[Tensor]:  # [B, H, W, D]
+        """Predict features at the cell centres ``((j + 0.5) / W, (i + 0.5) / H)`` of an H x W grid.
+
+        Does what :meth:`forward` does at these coordinates, with less work: queries of a grid share relative
+        positions, for each of which the position MLP runs once.
+
+        Args:
+            cache: the images, from :meth:`prepare`.
+            size: rows and columns of the output, (H, W).
+            return_all_layers: see :meth:`forward`.
+            head: see :meth:`forward`.
+            query_chunk_size: see :meth:`forward`.
+            max_memory: see :meth:`forward`.
+            impl: see :meth:`forward`.
+
+        Returns:
+            Features in the network's dtype, or the list of L; differentiable unless gradients are disabled.
+
+        Raises:
+            InputError: an argument that does not fit.
+        """
+        self._check_cache(cache)
+        H, W = check_size("size", size)
+        chunk = self._chunk(query_chunk_size, max_memory)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        rows, cols = (
+            _GridAxis.create(cells, tokens, wide, self.device)
+            for cells, tokens in zip((H, W), cache.token_grid, strict=True)
+        )
+        # A table rounds relative positions as float32 does: float64 computes each.
+        tabulate = resolve(impl) != "reference" and self.dtype != torch.float64
+        shared = None
+        if tabulate and len(rows.relative) * len(cols.relative) <= SHARED_TABLE_ROWS:
+            shared = self._gamma_beta(rows.relative, cols.relative)
+
+        def queries(span: slice) -> _Queries:
+            y, x = slice(span.start // W, (span.stop - 1) // W + 1), slice(0, W)
+            if y.stop - y.start == 1:
+                x = slice(span.start % W, (span.stop - 1) % W + 1)
+            keep = shared is not None
+            return self._grid_queries(rows.part(y, keep), cols.part(x, keep), cache, tabulate, shared)
+
+        if chunk >= W:
+            step = chunk // W * W
+            spans = [slice(i, min(i + step, H * W)) for i in range(0, H * W, step)]
+        else:
+            starts = [(row * W, i) for row in range(H) for i in range(0, W, chunk)]
+            spans = [slice(row + i, row + min(i + chunk, W)) for row, i in starts]
+        output = self._run(cache, H * W, spans, queries, return_all_layers, head, chunk, impl)
+        if return_all_layers:
+            return [layer.unflatten(1, (H, W)) for layer in output]
+        return output.unflatten(1, (H, W))
+
+    def _grid_queries(
+        self, rows: _GridAxis, cols: _GridAxis, cache: ImageCache, tabulate: bool, shared: list[Tensor] | None
+    ) -> _Queries:
+        """Coordinates and tables of a rectangle of a grid, row by row."""
+        y, x = torch.meshgrid(rows.coords, cols.coords, indexing="ij")
+        coords = torch.stack((x, y), dim=-1).flatten(0, 1).expand(cache.batch_size, -1, -1)  # [B, n, 2]
+        distinct = len(rows.relative) * len(cols.relative)
+        if not tabulate or (shared is None and 2 * distinct > coords.shape[1]):
+            return _Queries(coords, [None] * len(self.vit_up_blocks))
+        tables = self._gamma_beta(rows.relative, cols.relative) if shared is None else shared
+        row = (rows.phase[:, None] * len(cols.relative) + cols.phase).flatten()  # [n]
+        token = (rows.token[:, None] * cache.token_grid[1] + cols.token).flatten()  # [n]
+        return _Queries(coords, [FilmTable(gamma_beta, row, token) for gamma_beta in tables])
+
+    def _gamma_beta(self, relative_y: Tensor, relative_x: Tensor) -> list[Tensor]:
+        """``[gamma, beta]`` of every block for all pairs of relative positions, in float32 or better."""
+        y, x = torch.meshgrid(relative_y, relative_x, indexing="ij")
+        relative = torch.stack((x, y), dim=-1).flatten(0, 1)  # [R, 2]
+        with torch.autocast(self.device.type, enabled=False):
+            return [
+                film_gamma_beta(relative, self.rel_pos_enc.freqs, _cast(_block_weights(b).position, y.dtype))
+                for b in self.vit_up_blocks
+            ]
+
+    def _run(
+        self,
+        cache: ImageCache,
+        count: int,
+        spans: Sequence[slice],
+        queries: Callable[[slice], _Queries],
+        return_all_layers: bool,
+        head: Head | None,
+        chunk: int,
+        impl: str,
+    ) -> Tensor | list[Tensor]:
+        """Walk spans of queries through the network and collect their decoded features.  # [B, count, E]"""
+        if head is not None and return_all_layers:
+            raise expected("head", "no head together with return_all_layers", "both")
+        B, L = cache.batch_size, self.config.num_layers
+        tracks_grad = torch.is_grad_enabled() and (
+            cache.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
+        weights = self._weights(packed=not tracks_grad and resolve(impl) == "torch")
+        depths = range(L) if return_all_layers else (L - 1,)
+        decoders = {depth: weights.decoders[depth] for depth in depths}
+        if head is not None:
+            last = self.decoder_mlp[L - 1].mlp
+            decoders[L - 1] = DecoderWeights(*_parameters(last[0]), *fold_head(head, *_parameters(last[1])))
+        images = max(1, chunk // max(1, count))  # whose queries share a chunk
+        groups = [slice(b, b + images) for b in range(0, B, images)]
+
+        pieces: list[list[Tensor]] = []
+        outputs: list[Tensor] = []
+        for span in spans:
+            part = queries(span)
+            walked = [
+                self._walk(cache[g], part.coords[g], part.tables, weights, decoders, impl) for g in groups
+            ]
+            if tracks_grad or part.coords.requires_grad or len(spans) * len(groups) == 1:
+                pieces.append(
+                    [torch.cat(layer) if len(groups) > 1 else layer[0] for layer in zip(*walked, strict=True)]
+                )
+                continue
+            outputs = outputs or [layer.new_empty(B, count, layer.shape[-1]) for layer in walked[0]]
+            for group, layers in zip(groups, walked, strict=True):
+                for output, layer in zip(outputs, layers, strict=True):
+                    output[group, span] = layer
+        if pieces:
+            outputs = [
+                torch.cat(layer, 1) if len(pieces) > 1 else layer[0] for layer in zip(*pieces, strict=True)
+            ]
+        if not outputs:
+            outputs = [cache.patch_grid.new_empty(B, count, d.bias.shape[0]) for d in decoders.values()]
+        return outputs if return_all_layers else outputs[0]
+
+    def _walk(
+        self,
+        cache: ImageCache,
+        coords: Tensor,  # [B, n, 2]
+        tables: Sequence[FilmTable | None],
+        weights: NetworkWeights,
+        decoders: dict[int, DecoderWeights],
+        impl: str,
+    ) -> list[Tensor]:  # [B, n, E] each
+        """Walk one chunk of queries through the network and decode the depths asked for (spec: forward)."""
+        inv_freq, freqs = self.rope.inv_freq, self.rel_pos_enc.freqs
+        query = bilinear_sample(cache.patch_grid, coords, impl=impl)  # [B, n, D]
+        decoded = [norm_linear(query, *decoders[0], impl=impl)] if 0 in decoders else []
+        steps = zip(weights.blocks, cache.keys, cache.values, cache.tokens, tables, strict=True)
+        for depth, (block, key, value, tokens, table) in enumerate(steps, start=1):
+            query = residual_mlp(query, block.transition, impl=impl)
+            query = rope_cross_attention(
+                query, coords, key, value, block.attention, inv_freq, cache.token_grid, impl=impl
+            )
+            query = film_mlp(query, coords, tokens, freqs, block.position, block.film, table=table, impl=impl)
+            query = residual_mlp(query, block.mlp, impl=impl)
+            if depth in decoders:
+                decoded.append(norm_linear(query, *decoders[depth], impl=impl))
+        return decoded
+
+    def _weights(self, packed: bool) -> NetworkWeights:
+        """Parameters as the operations take them, packed for inference on the CPU if asked for."""
+        kind = self.device.type
+        autocast = torch.is_autocast_enabled(kind) and self.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(kind) if autocast else self.dtype
+        weights = NetworkWeights(
+            [_block_weights(block) for block in self.vit_up_blocks],
+            [DecoderWeights(*_parameters(*decoder.mlp)) for decoder in self.decoder_mlp],
+        )
+        if not packed or kind != "cpu" or torch.compiler.is_compiling():
+            return weights
+        state = dtype, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
+        cached = _PACKED.get(self)
+        if cached is None or cached[0] != state:
+            with torch.no_grad():
+                prepared = _map(_cast(weights, dtype), lambda t: pack(t) if t.dim() == 2 else t.detach())
+            cached = _PACKED[self] = (state, prepared)
+        return cached[1]
+
+    def _chunk(self, query_chunk_size: int | None, max_memory: int | None) -> int:
+        """Queries per chunk from the caller's budget, or what suits the device."""
+        if query_chunk_size is not None and max_memory is not None:
+            raise expected("query_chunk_size and max_memory", "one of the two", "both")
+        if query_chunk_size is not None:
+            if (
+                isinstance(query_chunk_size, bool)
+                or not isinstance(query_chunk_size, int)
+                or query_chunk_size < 1
+            ):
+                raise expected("query_chunk_size", "a positive integer", repr(query_chunk_size))
+            return query_chunk_size
+        chunk = CHUNK_QUERIES.get(self.device.type, CHUNK_QUERIES["cuda"])
+        if max_memory is None:
+            return chunk
+        per_query = query_bytes(self.config.dim, self.dtype)
+        if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < per_query:
+            raise expected(
+                "max_memory", f"at least {per_query} bytes, the need of one query", repr(max_memory)
+            )
+        return min(chunk, max_memory // per_query)
+
+    def _check_cache(self, cache: ImageCache) -> None:
+        """Check that a cache comes from a network of these sizes and lies on this network's device."""
+        if not isinstance(cache, ImageCache):
+            raise expected("cache", "an ImageCache from ViTUp.prepare", type(cache).__name__)
+        blocks, width = len(cache.keys), cache.patch_grid.shape[-1]
+        if blocks != len(self.vit_up_blocks) or width != self.config.dim:
+            raise expected(
+                "cache",
+                f"{len(self.vit_up_blocks)} blocks of width {self.config.dim}",
+                f"{blocks} blocks of width {width}",
+                "Prepare it with this network.",
+            )
+        if cache.patch_grid.device != self.device:
+            raise expected(
+                "cache", f"device {self.device} of the network", cache.patch_grid.device, "Use cache.to."
+            )
+
+
+# Packed weights of each network and the state of the parameters they were made from.
+_PACKED: WeakKeyDictionary[ViTUp, tuple[object, NetworkWeights]] = WeakKeyDictionary()
+
+
+def query_bytes(dim: int, dtype: torch.dtype) -> int:
+    """Upper bound of the memory of one query on its walk: activations in ``dtype``, rotary parts in float32."""
+    return dim * (12 * dtype.itemsize + 24)
+
+
+def check_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
+    """Check a size in rows and columns.
+
+    Raises:
+        InputError: not two positive integers.
+    """
+    valid = isinstance(size, tuple | list | torch.Size) and len(size) == 2
+    if not valid or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
+        raise expected(name, "two positive integers (rows, columns)", repr(size))
+    return int(size[0]), int(size[1])

@@ -1,0 +1,65 @@
+"""Argument checks that the operations share: each failure names the argument, what was expected, what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import expected
+
+FEATURE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COORDINATE_DTYPES = (torch.float32, torch.float64)
+
+
+def check_features(name: str, x: Tensor, shape: str, width: int | None = None) -> None:
+    """Check a feature tensor: ``shape`` such as ``"(B, N, D)"`` gives its rank, ``width`` its last size."""
+    rank = shape.count(",") + 1
+    if not isinstance(x, Tensor):
+        raise expected(name, f"a tensor of shape {shape}", type(x).__name__)
+    if x.dim() != rank:
+        raise expected(name, f"shape {shape}", tuple(x.shape))
+    if x.dtype not in FEATURE_DTYPES:
+        raise expected(name, "a floating dtype", x.dtype)
+    if width is not None and x.shape[-1] != width:
+        raise expected(name, f"shape {shape} with last size {width}", tuple(x.shape))
+
+
+def check_coords(coords: Tensor, batch: int | None = None, count: int | None = None) -> None:
+    """Check coordinates: ``(B, N, 2)``, float32 or float64, with the given B and N where known."""
+    if not isinstance(coords, Tensor):
+        raise expected("coords", "a tensor of shape (B, N, 2)", type(coords).__name__)
+    if coords.dim() != 3 or coords.shape[-1] != 2:
+        raise expected("coords", "shape (B, N, 2) holding (x, y) in [0, 1]", tuple(coords.shape))
+    if coords.dtype not in COORDINATE_DTYPES:
+        raise expected(
+            "coords",
+            "dtype float32 or float64",
+            coords.dtype,
+            "Half-precision coordinates are off by up to a pixel; build them in float32.",
+        )
+    if batch is not None and coords.shape[0] != batch:
+        raise expected("coords", f"batch size {batch}", f"{coords.shape[0]} in shape {tuple(coords.shape)}")
+    if count is not None and coords.shape[1] != count:
+        raise expected("coords", f"{count} queries", f"{coords.shape[1]} in shape {tuple(coords.shape)}")
+
+
+def check_weight(name: str, weight: Tensor, shape: Sequence[int], like: Tensor) -> None:
+    """Check a parameter's shape, and that dtype and device are those of the features it meets."""
+    if tuple(weight.shape) != tuple(shape):
+        raise expected(name, f"shape {tuple(shape)}", tuple(weight.shape))
+    check_alike(name, weight, like)
+
+
+def check_alike(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Check that a tensor has the dtype and device of the features it meets."""
+    if tensor.dtype != like.dtype:
+        raise expected(name, f"dtype {like.dtype} like the features", tensor.dtype)
+    check_device(name, tensor, like)
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Check that a tensor lies on the device of the features it meets."""
+    if tensor.device != like.device:
+        raise expected(name, f"device {like.device} like the features", tensor.device)
