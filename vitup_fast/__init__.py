@@ -3,6 +3,7 @@
 from .config import ViTUpConfig
 from .errors import CheckpointError, InputError, MissingPackageError
 from .model import ImageCache, ViTUp
+from .upsampler import Upsampler, WeightsUnavailableError, accelerate, load
 
 __version__ = "0.1.0"
 
@@ -11,6 +12,10 @@ __all__ = [
     "ImageCache",
     "InputError",
     "MissingPackageError",
+    "Upsampler",
     "ViTUp",
     "ViTUpConfig",
+    "WeightsUnavailableError",
+    "accelerate",
+    "load",
 ]

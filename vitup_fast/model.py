@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -23,7 +23,7 @@ from .config import (
     ViTUpConfig,
 )
 from .errors import expected
-from .heads import Head, fold_head
+from .heads import Head, fold_head, head_parameters
 from .ops import (
     AttentionWeights,
     FilmTable,
@@ -153,6 +153,17 @@ class _Queries(NamedTuple):
 
     coords: Tensor  # [B, n, 2]
     tables: Sequence[FilmTable | None]
+
+
+class _Options(NamedTuple):
+    """How a set of queries is walked through the network."""
+
+    return_all_layers: bool
+    head: Head | None
+    chunk: int
+    impl: str
+    coords_require_grad: bool = False
+    progress: Callable[[int], object] | None = None
 
 
 def _parameters(*modules: nn.Linear | nn.LayerNorm) -> Iterator[Tensor]:
@@ -401,13 +412,15 @@ class ViTUp(nn.Module):
             raise expected("coords", f"device {self.device} of the network", coords.device)
         count = coords.shape[1]
         single = torch.compiler.is_compiling() and query_chunk_size is None and max_memory is None
-        chunk = count if single else self._chunk(query_chunk_size, max_memory)
+        per_query = self._query_bytes(return_all_layers, head)
+        chunk = count if single else self._chunk(query_chunk_size, max_memory, per_query)
         spans = [slice(0, count)] if single else [slice(i, i + chunk) for i in range(0, count, chunk)]
 
         def queries(span: slice) -> _Queries:
             return _Queries(coords[:, span], [None] * len(self.vit_up_blocks))
 
-        return self._run(cache, count, spans, queries, return_all_layers, head, chunk, impl)
+        options = _Options(return_all_layers, head, chunk, impl, coords.requires_grad)
+        return self._run(cache, count, spans, queries, options)
 
     def dense(
         self,
@@ -419,6 +432,7 @@ class ViTUp(nn.Module):
         query_chunk_size: int | None = None,
         max_memory: int | None = None,
         impl: str = "auto",
+        progress: Callable[[int], object] | None = None,
     ) -> Tensor | list[Tensor]:  # [B, H, W, D]
         """Predict features at the cell centres ``((j + 0.5) / W, (i + 0.5) / H)`` of an H x W grid.
 
@@ -433,6 +447,7 @@ class ViTUp(nn.Module):
             query_chunk_size: see :meth:`forward`.
             max_memory: see :meth:`forward`.
             impl: see :meth:`forward`.
+            progress: called after every chunk with the number of grid cells done in it, for all images together.
 
         Returns:
             Features in the network's dtype, or the list of L; differentiable unless gradients are disabled.
@@ -442,8 +457,11 @@ class ViTUp(nn.Module):
         """
         self._check_cache(cache)
         H, W = check_size("size", size)
-        chunk = self._chunk(query_chunk_size, max_memory)
         wide = torch.promote_types(self.dtype, torch.float32)
+        # A chunk's table has at most half as many rows as the chunk queries, and so has a shared one on a budget.
+        table_bytes = len(self.vit_up_blocks) * self.config.dim * wide.itemsize
+        per_query = self._query_bytes(return_all_layers, head) + table_bytes
+        chunk = self._chunk(query_chunk_size, max_memory, per_query)
         rows, cols = (
             _GridAxis.create(cells, tokens, wide, self.device)
             for cells, tokens in zip((H, W), cache.token_grid, strict=True)
@@ -451,7 +469,8 @@ class ViTUp(nn.Module):
         # A table rounds relative positions as float32 does: float64 computes each.
         tabulate = resolve(impl) != "reference" and self.dtype != torch.float64
         shared = None
-        if tabulate and len(rows.relative) * len(cols.relative) <= SHARED_TABLE_ROWS:
+        distinct = len(rows.relative) * len(cols.relative)
+        if tabulate and distinct <= (SHARED_TABLE_ROWS if max_memory is None else chunk // 2):
             shared = self._gamma_beta(rows.relative, cols.relative)
 
         def queries(span: slice) -> _Queries:
@@ -467,7 +486,8 @@ class ViTUp(nn.Module):
         else:
             starts = [(row * W, i) for row in range(H) for i in range(0, W, chunk)]
             spans = [slice(row + i, row + min(i + chunk, W)) for row, i in starts]
-        output = self._run(cache, H * W, spans, queries, return_all_layers, head, chunk, impl)
+        options = _Options(return_all_layers, head, chunk, impl, progress=progress)
+        output = self._run(cache, H * W, spans, queries, options)
         if return_all_layers:
             return [layer.unflatten(1, (H, W)) for layer in output]
         return output.unflatten(1, (H, W))
@@ -502,25 +522,26 @@ class ViTUp(nn.Module):
         count: int,
         spans: Sequence[slice],
         queries: Callable[[slice], _Queries],
-        return_all_layers: bool,
-        head: Head | None,
-        chunk: int,
-        impl: str,
-    ) -> Tensor | list[Tensor]:
-        """Walk spans of queries through the network and collect their decoded features.  # [B, count, E]"""
-        if head is not None and return_all_layers:
+        options: _Options,
+    ) -> Tensor | list[Tensor]:  # [B, count, E]
+        """Walk spans of queries through the network and collect their decoded features."""
+        head, impl = options.head, options.impl
+        if head is not None and options.return_all_layers:
             raise expected("head", "no head together with return_all_layers", "both")
         B, L = cache.batch_size, self.config.num_layers
+        folded: tuple[Tensor, ...] = ()
+        if head is not None:
+            folded = fold_head(head, *_parameters(self.decoder_mlp[L - 1].mlp[1]))
+        sources = (*self.parameters(), *folded)
         tracks_grad = torch.is_grad_enabled() and (
-            cache.requires_grad or any(p.requires_grad for p in self.parameters())
+            options.coords_require_grad or cache.requires_grad or any(t.requires_grad for t in sources)
         )
         weights = self._weights(packed=not tracks_grad and resolve(impl) == "torch")
-        depths = range(L) if return_all_layers else (L - 1,)
+        depths = range(L) if options.return_all_layers else (L - 1,)
         decoders = {depth: weights.decoders[depth] for depth in depths}
-        if head is not None:
-            last = self.decoder_mlp[L - 1].mlp
-            decoders[L - 1] = DecoderWeights(*_parameters(last[0]), *fold_head(head, *_parameters(last[1])))
-        images = max(1, chunk // max(1, count))  # whose queries share a chunk
+        if folded:
+            decoders[L - 1] = DecoderWeights(*decoders[L - 1][:2], *folded)
+        images = max(1, options.chunk // max(1, count))  # whose queries share a chunk
         groups = [slice(b, b + images) for b in range(0, B, images)]
 
         pieces: list[list[Tensor]] = []
@@ -530,7 +551,9 @@ class ViTUp(nn.Module):
             walked = [
                 self._walk(cache[g], part.coords[g], part.tables, weights, decoders, impl) for g in groups
             ]
-            if tracks_grad or part.coords.requires_grad or len(spans) * len(groups) == 1:
+            if options.progress is not None:
+                options.progress(part.coords.shape[1])
+            if tracks_grad or len(spans) * len(groups) == 1:
                 pieces.append(
                     [torch.cat(layer) if len(groups) > 1 else layer[0] for layer in zip(*walked, strict=True)]
                 )
@@ -545,7 +568,7 @@ class ViTUp(nn.Module):
             ]
         if not outputs:
             outputs = [cache.patch_grid.new_empty(B, count, d.bias.shape[0]) for d in decoders.values()]
-        return outputs if return_all_layers else outputs[0]
+        return outputs if options.return_all_layers else outputs[0]
 
     def _walk(
         self,
@@ -583,7 +606,7 @@ class ViTUp(nn.Module):
         )
         if not packed or kind != "cpu" or torch.compiler.is_compiling():
             return weights
-        state = dtype, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
+        state = (dtype, *parameter_state(self.parameters()))
         cached = _PACKED.get(self)
         if cached is None or cached[0] != state:
             with torch.no_grad():
@@ -591,7 +614,15 @@ class ViTUp(nn.Module):
             cached = _PACKED[self] = (state, prepared)
         return cached[1]
 
-    def _chunk(self, query_chunk_size: int | None, max_memory: int | None) -> int:
+    def _query_bytes(self, return_all_layers: bool, head: Head | None) -> int:
+        """Upper bound of the memory of one query: its walk, and what is decoded of it."""
+        D, itemsize = self.config.dim, self.dtype.itemsize
+        width = D * (self.config.num_layers if return_all_layers else 1)
+        if head is not None:
+            width = head_parameters(head, D)[0].shape[0]
+        return query_bytes(D, self.dtype) + width * itemsize
+
+    def _chunk(self, query_chunk_size: int | None, max_memory: int | None, per_query: int) -> int:
         """Queries per chunk from the caller's budget, or what suits the device."""
         if query_chunk_size is not None and max_memory is not None:
             raise expected("query_chunk_size and max_memory", "one of the two", "both")
@@ -606,7 +637,6 @@ class ViTUp(nn.Module):
         chunk = CHUNK_QUERIES.get(self.device.type, CHUNK_QUERIES["cuda"])
         if max_memory is None:
             return chunk
-        per_query = query_bytes(self.config.dim, self.dtype)
         if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < per_query:
             raise expected(
                 "max_memory", f"at least {per_query} bytes, the need of one query", repr(max_memory)
@@ -635,9 +665,14 @@ class ViTUp(nn.Module):
 _PACKED: WeakKeyDictionary[ViTUp, tuple[object, NetworkWeights]] = WeakKeyDictionary()
 
 
+def parameter_state(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Address and version of each tensor, which change when it is replaced or written in place."""
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+
+
 def query_bytes(dim: int, dtype: torch.dtype) -> int:
     """Upper bound of the memory of one query on its walk: activations in ``dtype``, rotary parts in float32."""
-    return dim * (12 * dtype.itemsize + 24)
+    return dim * (12 * dtype.itemsize + 8)
 
 
 def check_size(name: str, size: tuple[int, int]) -> tuple[int, int]:

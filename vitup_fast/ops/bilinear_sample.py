@@ -62,7 +62,7 @@ def _forward(grid: Tensor, coords: Tensor) -> Tensor:
     rows = grid.reshape(-1, grid.shape[-1])
     top = torch.lerp(rows[indices[0]].to(wide), rows[indices[1]].to(wide), fx)  # [B * N, D]
     bottom = torch.lerp(rows[indices[2]].to(wide), rows[indices[3]].to(wide), fx)
-    return torch.lerp(top, bottom, fy).to(grid.dtype).view(*coords.shape[:2], -1)
+    return torch.lerp(top, bottom, fy).to(grid.dtype).view(*coords.shape[:2], grid.shape[-1])
 
 
 def _backward(grad: Tensor, grid: Tensor, coords: Tensor, needs_grad: list[bool]) -> list[Tensor]:

@@ -126,7 +126,8 @@ class Operator:
 
         def differentiate_twice(ctx: object, *grads: Tensor) -> None:
             raise NotImplementedError(
-                f"{qualified} has no second derivative; use impl='reference' for double backward."
+                f"{qualified} has no second derivative; for double backward use impl='reference' under "
+                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
             )
 
         torch.library.impl(qualified, "default", run_forward)

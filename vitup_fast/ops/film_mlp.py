@@ -302,8 +302,7 @@ def film_mlp(
         return _operator(
             x, coords, tokens, *position, *mlp_weights, *out_norm, None, freqs, None, None, impl=impl
         )
-    if table.gamma_beta.dim() != 2 or table.gamma_beta.shape[1] != 2 * D:
-        raise checks.expected("table.gamma_beta", f"shape (R, {2 * D})", tuple(table.gamma_beta.shape))
+    checks.check_features("table.gamma_beta", table.gamma_beta, "(R, 2 * D)", 2 * D)
     for field, index in (("row", table.row), ("token", table.token)):
         if tuple(index.shape) != (N,) or index.dtype != torch.int64:
             raise checks.expected(f"table.{field}", f"({N},) int64", f"{tuple(index.shape)} {index.dtype}")

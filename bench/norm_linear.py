@@ -1,0 +1,29 @@
+"""Benchmark of norm_linear: the decoder, LayerNorm and a D -> D linear layer.
+
+``python -m vitup_fast.bench.norm_linear --device cpu``
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vitup_fast.bench.harness import OperationCase, Work, exit_code, operation_main, real_sizes
+
+
+def cases(options: argparse.Namespace, itemsize: int) -> list[OperationCase]:
+    """One matrix product per query; reads and writes the query, reads the matrix."""
+    sizes = real_sizes(options, expansion=1)
+    D = sizes.D
+    work = Work(2 * sizes.N * D**2, (2 * sizes.N * D + D**2) * itemsize)
+    return [OperationCase("norm_linear", "norm_linear (decoder)", sizes, work)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; see ``--help``."""
+    return operation_main("Benchmark of norm_linear.", cases, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

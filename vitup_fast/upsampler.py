@@ -1,0 +1,522 @@
+"""From an image to features at any coordinate: the object most users hold, how it is loaded, and the drop-in."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import Backbone
+from .checkpoint import (
+    PublishedTensors,
+    load_backbone,
+    load_strict,
+    merge_lora,
+    read_tensors,
+    split_published,
+)
+from .config import ViTUpConfig
+from .errors import InputError, expected, require
+from .heads import Head
+from .images import normalise
+from .model import ImageCache, ViTUp, check_size, parameter_state
+from .ops.checks import COORDINATE_DTYPES, check_coords
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+HUB_REPOSITORY = "Krispin/vit-up"
+HUB_REVISION = "main"
+RANDOM_SEED = 0
+RANDOM_UPDATE = 0.05
+
+PRESET_OF = {
+    "vit_up_dinov3_splus": "dinov3_splus",
+    "vit_up_dinov3_base": "dinov3_base",
+    "vit_up_tiny": "tiny",
+}
+ALIASES = {
+    "splus": "vit_up_dinov3_splus",
+    "dinov3_splus": "vit_up_dinov3_splus",
+    "base": "vit_up_dinov3_base",
+    "dinov3_base": "vit_up_dinov3_base",
+    "tiny": "vit_up_tiny",
+}
+
+
+class WeightsUnavailableError(InputError):
+    """Published weights could not be fetched; the message says why and what to pass instead."""
+
+
+class Upsampler(nn.Module):
+    """A backbone and its ViT-Up network: features of images at any continuous coordinate.
+
+    Calls like the wrapper of the paper's authors (``set_images``, ``model(images, query_coords)``), except that
+    coordinates keep float32 and gradients flow unless the caller disables them.
+
+    Args:
+        vit_up: the network.
+        backbone: the vision transformer whose features are upsampled.
+        hidden_layer_img_size: height and width in pixels, or one number for both, to which images are resized
+            for the hidden states; multiples of the patch size. The fine patch grid is eight times as dense.
+        query_chunk_size: queries walked through the network at once.
+        max_memory: bytes a pass may use beyond weights, cache and output, instead of a chunk size.
+        model_name: what :attr:`model_config` says.
+        weights: what :attr:`model_config` says.
+
+    Raises:
+        InputError: the parts or sizes do not fit each other.
+    """
+
+    def __init__(
+        self,
+        vit_up: ViTUp,
+        backbone: Backbone,
+        *,
+        hidden_layer_img_size: int | tuple[int, int] | None = None,
+        query_chunk_size: int | None = None,
+        max_memory: int | None = None,
+        model_name: str = "custom",
+        weights: str = "custom",
+    ) -> None:
+        super().__init__()
+        if backbone.dim != vit_up.config.dim or backbone.layer_indices != vit_up.config.layer_indices:
+            raise expected(
+                "backbone",
+                f"width {vit_up.config.dim} and depths {vit_up.config.layer_indices} like the network",
+                f"width {backbone.dim} and depths {backbone.layer_indices}",
+            )
+        size = vit_up.config.hidden_size if hidden_layer_img_size is None else hidden_layer_img_size
+        if isinstance(size, int) and not isinstance(size, bool):
+            size = (size, size)
+        self.hidden_size = check_size("hidden_layer_img_size", size)
+        patch = backbone.patch_size
+        if self.hidden_size[0] % patch or self.hidden_size[1] % patch:
+            raise expected("hidden_layer_img_size", f"multiples of the patch size {patch}", self.hidden_size)
+        density = vit_up.config.patch_grid_density
+        self.patch_grid_size = tuple(side // patch * density for side in self.hidden_size)
+        self.vit_up = vit_up
+        self.backbone = backbone
+        self.query_chunk_size = query_chunk_size
+        self.max_memory = max_memory
+        self._names = {"model_name": model_name, "weights": weights}
+        self._cache: ImageCache | None = None
+        self._image_size: tuple[int, int] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return self.vit_up.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the network, of its features, and of the backbone."""
+        return self.vit_up.dtype
+
+    @property
+    def model_config(self) -> dict[str, Any]:
+        """What was loaded, and how it runs."""
+        return {
+            **self._names,
+            "backbone": self.vit_up.config.backbone,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "hidden_layer_img_size": self.hidden_size,
+            "query_chunk_size": self.query_chunk_size,
+            "max_memory": self.max_memory,
+            "dim": self.vit_up.config.dim,
+            "layer_indices": self.vit_up.config.layer_indices,
+        }
+
+    def set_images(self, images: Tensor | Image) -> None:
+        """Run the backbone on images and keep what queries need of them, replacing earlier images.
+
+        Args:
+            images: ``[3, H, W]`` or ``[B, 3, H, W]``, already normalised; or one PIL image, which is normalised
+                here. Any size and proportion.
+
+        Raises:
+            InputError: not an image.
+        """
+        self._cache = None
+        if not isinstance(images, Tensor):
+            if not hasattr(images, "convert"):
+                raise expected("images", "a tensor or a PIL image", type(images).__name__)
+            images = normalise(images)
+        if images.dim() == 3:
+            images = images.unsqueeze(0)
+        if images.dim() != 4:
+            raise expected("images", "shape (3, H, W) or (B, 3, H, W)", tuple(images.shape))
+        images = images.to(self.device)  # [B, 3, H, W]
+        hidden_states = self.backbone.hidden_states(images, self.hidden_size)
+        patch_grid = self.backbone.patch_grid(images, self.patch_grid_size)
+        self._cache = self.vit_up.prepare(hidden_states, patch_grid)
+        self._image_size = (images.shape[2], images.shape[3])
+
+    def get_cache_data(self) -> ImageCache | None:
+        """Return the cache of the images set last, or None."""
+        return self._cache
+
+    def forward(
+        self,
+        images: Tensor | Image | None = None,
+        query_coords: Tensor | None = None,  # [B, N, 2]
+        query_chunk_size: int | None = None,
+        return_all_layers: bool = False,
+        *,
+        head: Head | None = None,
+    ) -> Tensor | list[Tensor]:  # [B, N, D]
+        """Predict features at continuous coordinates.
+
+        Args:
+            images: new images as for :meth:`set_images`; None keeps those set last.
+            query_coords: (x, y) in [0, 1] over the image, x to the right, float32 or float64, on any device.
+            query_chunk_size: overrides that of the constructor.
+            return_all_layers: return the list of features of all L depths.
+            head: linear head folded into the decoder (``nn.Linear``, 1x1 ``nn.Conv2d`` or (weight, bias)); the
+                output is then its C scores per query.
+
+        Returns:
+            Features ``[B, N, D]``, scores ``[B, N, C]``, or the list of features.
+
+        Raises:
+            InputError: an argument that does not fit, or no images yet.
+        """
+        if query_coords is None:
+            raise expected("query_coords", "a tensor of shape (B, N, 2)", None)
+        check_coords(query_coords)
+        cache = self._images(images)
+        options = self._budget(query_chunk_size)
+        coords = query_coords.to(self.device)
+        return self.vit_up(cache, coords, return_all_layers=return_all_layers, head=head, **options)
+
+    def dense(
+        self,
+        images: Tensor | Image | None = None,
+        size: tuple[int, int] | None = None,
+        *,
+        return_all_layers: bool = False,
+        head: Head | None = None,
+        query_chunk_size: int | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> Tensor | list[Tensor]:  # [B, H, W, D]
+        """Predict features at the cell centres of an H x W grid over the image.
+
+        Args:
+            images: new images as for :meth:`set_images`; None keeps those set last.
+            size: rows and columns (H, W) of the output; None means one feature per image pixel.
+            return_all_layers: see :meth:`forward`.
+            head: see :meth:`forward`.
+            query_chunk_size: overrides that of the constructor.
+            progress: called after every chunk with the number of grid cells done in it.
+
+        Returns:
+            Features ``[B, H, W, D]``, scores ``[B, H, W, C]``, or the list of features.
+
+        Raises:
+            InputError: an argument that does not fit, or no images yet.
+        """
+        cache = self._images(images)
+        size = self._image_size if size is None else size
+        return self.vit_up.dense(
+            cache,
+            size,
+            return_all_layers=return_all_layers,
+            head=head,
+            progress=progress,
+            **self._budget(query_chunk_size),
+        )
+
+    def points(
+        self,
+        pixels: Tensor,  # [B, N, 2] or [N, 2]
+        images: Tensor | Image | None = None,
+        *,
+        return_all_layers: bool = False,
+        head: Head | None = None,
+        query_chunk_size: int | None = None,
+    ) -> Tensor | list[Tensor]:  # [B, N, D]
+        """Predict features at positions given in pixels of the image.
+
+        Args:
+            pixels: (x, y) in pixels from the image's upper left corner, float32 or float64: the pixel in column j
+                and row i has its centre at (j + 0.5, i + 0.5). ``[N, 2]`` means the same points in every image.
+            images: new images as for :meth:`set_images`; None keeps those set last.
+            return_all_layers: see :meth:`forward`.
+            head: see :meth:`forward`.
+            query_chunk_size: overrides that of the constructor.
+
+        Returns:
+            Features ``[B, N, D]``, scores ``[B, N, C]``, or the list of features.
+
+        Raises:
+            InputError: an argument that does not fit, or no images yet.
+        """
+        cache = self._images(images)
+        if isinstance(pixels, Tensor) and pixels.dim() == 2:
+            pixels = pixels.expand(cache.batch_size, -1, -1)
+        if not isinstance(pixels, Tensor) or pixels.dim() != 3 or pixels.shape[-1] != 2:
+            got = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise expected("pixels", "a tensor of shape (B, N, 2) or (N, 2)", got)
+        if pixels.dtype not in COORDINATE_DTYPES:
+            raise expected("pixels", "dtype float32 or float64", pixels.dtype)
+        height, width = self._image_size
+        coords = pixels / pixels.new_tensor((width, height))
+        return self(
+            None,
+            coords,
+            query_chunk_size=query_chunk_size,
+            return_all_layers=return_all_layers,
+            head=head,
+        )
+
+    def _images(self, images: Tensor | Image | None) -> ImageCache:
+        """Set new images if there are any, and return the cache."""
+        if images is not None:
+            self.set_images(images)
+        if self._cache is None:
+            raise expected("images", "images, or a call of set_images before", None)
+        return self._cache
+
+    def _budget(self, query_chunk_size: int | None) -> dict[str, int | None]:
+        """Chunk size or memory budget of one pass."""
+        if query_chunk_size is not None:
+            return {"query_chunk_size": query_chunk_size}
+        return {"query_chunk_size": self.query_chunk_size, "max_memory": self.max_memory}
+
+
+def load(
+    model: str = "vit_up_dinov3_splus",
+    weights: str | os.PathLike[str] | None = None,
+    backbone: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    hidden_layer_img_size: int | tuple[int, int] | None = None,
+    query_chunk_size: int | None = None,
+    max_memory: int | None = None,
+    revision: str = HUB_REVISION,
+) -> Upsampler:
+    """Load a ViT-Up model for inference: parameters frozen, LoRA merged into the backbone.
+
+    Args:
+        model: ``"vit_up_dinov3_splus"``, ``"vit_up_dinov3_base"`` (or ``"splus"``, ``"base"``), or ``"tiny"``.
+        weights: None fetches the published file from the Hugging Face hub (``HF_HUB_OFFLINE=1`` restricts that
+            to its cache); a path reads a published safetensors file or a training checkpoint; ``"random"`` makes
+            a seeded random network, for trying things out, and warns about it.
+        backbone: None uses the backbone inside a training checkpoint, or lets timm fetch its published weights;
+            a path reads public DINOv3 safetensors or a timm state dict.
+        device: None takes a GPU if there is one.
+        dtype: None means bfloat16 on a GPU and float32 on a CPU. Coordinates stay float32 in any case.
+        hidden_layer_img_size: see :class:`Upsampler`; None means 448, as published.
+        query_chunk_size: see :class:`Upsampler`.
+        max_memory: see :class:`Upsampler`.
+        revision: commit, tag or branch of the hub's repository.
+
+    Raises:
+        WeightsUnavailableError: published weights cannot be fetched.
+        CheckpointError: a file cannot be read, or does not fit the model.
+        InputError: an argument that does not fit.
+        MissingPackageError: an optional package is needed.
+    """
+    name = ALIASES.get(model, model)
+    if name not in PRESET_OF:
+        raise expected("model", f"one of {sorted((*PRESET_OF, *ALIASES))}", repr(model))
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise expected("dtype", "a floating torch.dtype", repr(dtype))
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    except RuntimeError as error:
+        raise expected("device", "a torch device such as 'cpu' or 'cuda'", repr(device)) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise expected("device", "a device that this PyTorch can use", device)
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    config = ViTUpConfig.preset(PRESET_OF[name])
+
+    if weights == "random":
+        network, vit = random_network(config)
+        if backbone is not None:
+            load_backbone(vit, backbone)
+        warnings.warn(
+            f"{name}: these are seeded random weights, good for trying the library out; the features mean nothing.",
+            stacklevel=2,
+        )
+    else:
+        path = _fetch(name, revision) if weights is None else Path(weights)
+        published = split_published(read_tensors(path))
+        network = ViTUp(config)
+        load_strict(network, published.vit_up, str(path))
+        vit = _load_vit(config, backbone, published)
+        if published.lora:
+            merge_lora(vit, published.lora)
+    upsampler = Upsampler(
+        network,
+        vit,
+        hidden_layer_img_size=hidden_layer_img_size,
+        query_chunk_size=query_chunk_size,
+        max_memory=max_memory,
+        model_name=name,
+        weights=f"{HUB_REPOSITORY}@{revision}" if weights is None else str(weights),
+    )
+    return upsampler.to(device, dtype).eval().requires_grad_(False)
+
+
+def random_network(config: ViTUpConfig) -> tuple[ViTUp, Backbone]:
+    """Make a seeded random network, leaving PyTorch's generator as it was.
+
+    Every part is active, but a query moves little on its walk and the decoders are close to the identity, so that
+    features show the image as a random patch embedding sees it.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(RANDOM_SEED)
+        network, vit = ViTUp(config), Backbone.create(config)
+        for block in network.vit_up_blocks:
+            nn.init.trunc_normal_(block.featx.gamma_beta_mlp.mlp[-1].weight, std=0.02)
+            updates = (block.transition_mlp.mlp[-1], block.cross_attention.out_proj, block.mlp.mlp[-1])
+            for weight in (*(layer.weight for layer in updates), block.norm_h_local.weight):
+                weight.mul_(RANDOM_UPDATE)
+        for decoder in network.decoder_mlp:
+            decoder.mlp[-1].weight.mul_(RANDOM_UPDATE).add_(torch.eye(config.dim))
+        return network, vit
+
+
+def _fetch(name: str, revision: str) -> Path:
+    """Fetch a published file from the hub, or from its cache."""
+    hub = require("huggingface_hub", "hub", "fetching published weights")
+    try:
+        return Path(hub.hf_hub_download(HUB_REPOSITORY, f"{name}.safetensors", revision=revision))
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise WeightsUnavailableError(
+            f"weights: cannot fetch {name}.safetensors from {HUB_REPOSITORY}@{revision} ({reason}) "
+            "Pass weights=PATH to a local file, or weights='random' to try the library out."
+        ) from error
+
+
+def _load_vit(
+    config: ViTUpConfig, backbone: str | os.PathLike[str] | None, published: PublishedTensors
+) -> Backbone:
+    """Build the backbone from a file, from the checkpoint itself, or from timm's published weights."""
+    source = backbone if backbone is not None else (published.backbone or None)
+    if source is None:
+        try:
+            return Backbone.create(config, pretrained=True)
+        except InputError as error:
+            raise WeightsUnavailableError(str(error)) from error
+    vit = Backbone.create(config)
+    load_backbone(vit, source)
+    return vit
+
+
+@dataclass
+class _Adopted:
+    """Our network over the parameters of another implementation, and the images it prepared last."""
+
+    network: ViTUp
+    state: tuple = ()
+    tensors: list[Tensor] = field(default_factory=list)
+    cache: ImageCache | None = None
+
+
+_ADOPTED: WeakKeyDictionary[nn.Module, _Adopted] = WeakKeyDictionary()
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Make a ViTUp of the paper's authors, or an object that holds one as ``.vit_up``, run on this library.
+
+    Signature, outputs and parameters stay theirs: the parameters are shared, so that training, ``state_dict`` and
+    ``load_state_dict`` see no difference.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        The same object.
+
+    Raises:
+        InputError: not such a network.
+    """
+    target = model if hasattr(model, "vit_up_blocks") else getattr(model, "vit_up", None)
+    if not isinstance(target, nn.Module):
+        raise expected("model", "a ViTUp, or an object that holds one as .vit_up", type(model).__name__)
+    if isinstance(target, ViTUp):
+        raise expected("model", "another implementation's ViTUp", "this library's own", "It is fast already.")
+    _ADOPTED[target] = _Adopted(_adopt(target))
+    # Another class rather than an attribute: copies of the object then run on their own parameters.
+    target.__class__ = type(type(target).__name__, (type(target),), {"forward": _accelerated_forward})
+    target._compiled_call_impl = None
+    return model
+
+
+def _adopt(target: nn.Module) -> ViTUp:
+    """Build our network over the parameters of another implementation."""
+    try:
+        attention = target.vit_up_blocks[0].cross_attention
+        config = ViTUpConfig(
+            dim=attention.q_proj.weight.shape[1],
+            num_heads=int(attention.num_heads),
+            layer_indices=tuple(target.layer_indices),
+        )
+    except (AttributeError, IndexError, TypeError) as error:
+        raise expected("model", "a ViTUp as published", f"one that differs ({error})") from error
+    network = ViTUp(config)
+    theirs = dict(target.named_parameters())
+    ours = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    wrong = [n for n in sorted({*theirs, *ours}) if n not in theirs or tuple(theirs[n].shape) != ours.get(n)]
+    if wrong:
+        raise expected("model", "the published parameters", f"a difference at {', '.join(wrong[:8])}")
+    for name, parameter in theirs.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(owner), leaf, parameter)
+    freqs = dict(target.named_buffers()).get("rel_pos_enc.freqs")
+    # A buffer cast to half precision has lost its digits; ours holds the published numbers.
+    if freqs is not None and freqs.dtype in COORDINATE_DTYPES:
+        network.rel_pos_enc.freqs = freqs.detach().float()
+    return network
+
+
+def _accelerated_forward(
+    self: nn.Module,
+    pixel_values: Tensor | None,
+    q_xy_normalized: Tensor,
+    backbone: nn.Module | None = None,
+    hidden_layer_img_size: int | None = None,
+    cache_data: Any = None,
+) -> list[Tensor]:
+    """Predict the features of all depths, with the arguments and results of the authors' ``ViTUp.forward``."""
+    if cache_data is None:
+        cache_data = self.maybe_compute_cache_data(
+            pixel_values=pixel_values, backbone=backbone, hidden_layer_img_size=hidden_layer_img_size
+        )
+    adopted = _ADOPTED.get(self)
+    if adopted is None:
+        adopted = _ADOPTED[self] = _Adopted(_adopt(self))
+    network = adopted.network
+    for constants in (network.rel_pos_enc, network.rope):
+        constants.to(network.device)
+    if q_xy_normalized.dtype not in COORDINATE_DTYPES:
+        warnings.warn(
+            f"q_xy_normalized came in {q_xy_normalized.dtype}, which moves queries by up to a pixel; "
+            "pass float32 coordinates, or use vitup_fast.load, which keeps them.",
+            stacklevel=2,
+        )
+        q_xy_normalized = q_xy_normalized.float()
+    tensors = [
+        *cache_data["layer_hidden_states_hwc"],
+        cache_data["query_embedding_cache_data"]["last_hidden_state_hwc"],
+    ]
+    keeps_graph = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *network.parameters()))
+    state = parameter_state([*tensors, *network.parameters()])
+    if keeps_graph or adopted.cache is None or state != adopted.state:
+        cache = network.prepare(tensors[:-1], tensors[-1])
+        if keeps_graph:
+            return network(cache, q_xy_normalized, return_all_layers=True)
+        adopted.state, adopted.tensors, adopted.cache = state, tensors, cache
+    return network(adopted.cache, q_xy_normalized, return_all_layers=True)
