@@ -25,8 +25,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from vitup_fast import ViTUp, ViTUpConfig
 from vitup_fast.bench.harness import (
     BACKWARD_FACTOR,
     Case,
@@ -40,6 +38,8 @@ from vitup_fast.bench.harness import (
     versions,
     write_json,
 )
+
+from vitup_fast import ViTUp, ViTUpConfig
 from vitup_fast.errors import expected
 from vitup_fast.testing import random_image, random_network
 
@@ -52,7 +52,7 @@ Features = Callable[[ViTUp, list[Tensor], Tensor, Tensor], list[Tensor]]
 
 
 def query_flops(config: ViTUpConfig, tokens: int, position_mlp: bool) -> int:
-    """FLOPs of one query in all blocks: transition, projections, attention, featx and mlp.
+    """Count FLOPs of one query in all blocks: transition, projections, attention, featx and mlp.
 
     Args:
         config: sizes of the network.
@@ -67,7 +67,7 @@ def query_flops(config: ViTUpConfig, tokens: int, position_mlp: bool) -> int:
 def least_work(
     config: ViTUpConfig, tokens: int, queries: int, position_mlp: bool, all_layers: bool = False
 ) -> Work:
-    """Work that the features of one image need: blocks, one decoder or all, keys and values once."""
+    """Return what the features of one image need: blocks, one decoder or all, keys and values once."""
     D, L = config.dim, config.num_layers
     decoders = 2 * D**2 * (L if all_layers else 1)
     prepare = (L - 1) * 4 * D**2 * tokens
@@ -75,20 +75,20 @@ def least_work(
 
 
 def grid_coords(side: int, device: torch.device) -> Tensor:
-    """Cell centres of a square grid, row by row, float32.  # [1, side * side, 2]"""
-    centres = ((torch.arange(side, dtype=torch.float64) + 0.5) / side).float()
+    """Return cell centres of a square grid, row by row, in float64: ``[1, side * side, 2]``."""
+    centres = (torch.arange(side, dtype=torch.float64) + 0.5) / side
     y, x = torch.meshgrid(centres, centres, indexing="ij")
     return torch.stack((x, y), dim=-1).view(1, -1, 2).to(device)
 
 
 def by_definition(net: ViTUp, hidden: list[Tensor], grid: Tensor, coords: Tensor) -> list[Tensor]:
-    """Features of all depths as the definition computes them, in one chunk.  # L times [1, N, D]"""
+    """Compute features of all depths as the definition does, in one chunk: L times ``[1, N, D]``."""
     cache = net.prepare(hidden, grid, impl="reference")
     return net(cache, coords, return_all_layers=True, impl="reference", query_chunk_size=coords.shape[1])
 
 
 def by_library(side: int | None, chunk: int | None, all_layers: bool) -> Features:
-    """This library on a grid of ``side`` rows, or at scattered coordinates.  # last depth or all, [1, N, D]"""
+    """Return this library's way: ``dense`` on a grid of ``side`` rows, without one ``forward``."""
 
     def features(net: ViTUp, hidden: list[Tensor], grid: Tensor, coords: Tensor) -> list[Tensor]:
         cache = net.prepare(hidden, grid)
@@ -141,16 +141,15 @@ def network_case(
     image = random_image(
         config, generator, token_grid=token_grid, patch_grid=patch_grid, dtype=parameters, device=device
     )
-    coords = (
-        torch.rand(1, queries, 2, generator=generator).to(device)
-        if side is None
-        else grid_coords(side, device)
-    )
+    scattered = torch.rand(1, queries, 2, generator=generator).to(device)
+    # Nobody but the float64 definition gets the cell centres of a grid exactly.
+    exact_coords = scattered if side is None else grid_coords(side, device)
     layers = config.num_layers if backward else 1
     cotangents = [torch.randn(1, queries, config.dim, generator=generator).to(device) for _ in range(layers)]
 
     def runner(net: ViTUp, features: Features, cast: torch.dtype | None = None) -> Run:
-        hidden, grid = ([t.to(net.dtype) for t in image[0]], image[1].to(net.dtype))
+        hidden, grid = [t.to(net.dtype) for t in image[0]], image[1].to(net.dtype)
+        coords = exact_coords if net.dtype == torch.float64 else exact_coords.float()
         leaves = [*net.parameters(), *hidden[1:], grid]
         context = (lambda: torch.autocast(device.type, cast)) if cast is not None else contextlib.nullcontext
         if not backward:
@@ -241,8 +240,8 @@ class MemoryReport:
         )
         return (
             f"{self.title}: peak memory beyond the output {beyond} (goal: at most {goal})\n"
-            f"  {self.device}; before the pass {resident} (parameters {weights}, image cache {cache}, and on the "
-            f"CPU packed weights and the process); output {output}"
+            f"  {self.device}; before the pass {resident} (parameters {weights}, image cache {cache}, "
+            f"and on the CPU packed weights and the process); output {output}"
         )
 
 
@@ -316,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add(
         "--memory",
         action="store_true",
-        help=f"instead: peak memory of a dense {DENSE_SIDE} x {DENSE_SIDE} pass",
+        help=f"instead: peak memory of a dense pass, {DENSE_SIDE} x {DENSE_SIDE}",
     )
     options = parse(parser, argv)
     if options.autocast:

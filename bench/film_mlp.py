@@ -13,7 +13,7 @@ from vitup_fast.bench.harness import OperationCase, Work, exit_code, operation_m
 
 
 def cases(options: argparse.Namespace, itemsize: int) -> list[OperationCase]:
-    """The MLP (D -> 4D -> D), and for scattered queries the position MLP (66 -> D -> 2D) before it.
+    """Count the MLP (D -> 4D -> D), and for scattered queries the position MLP (66 -> D -> 2D) before it.
 
     Queries of the table lie on a 32 x 32 grid of tokens, whose cell centres float32 holds exactly.
     """

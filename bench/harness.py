@@ -1,8 +1,8 @@
-"""Measure providers of the same result side by side: accuracy first, then time, beside what the machine can do.
+"""Measure providers of the same result side by side: accuracy first, then time, beside the machine's peaks.
 
-A *provider* is a named callable. All providers of a case are judged against float64 before anything is timed; one
-whose error exceeds :data:`ERROR_LIMIT` times that of plain eager PyTorch gets no time. The others run round robin
-with the probes of the machine's peaks (matrix product, memory copy), so that noise hits all of them alike.
+A *provider* is a named callable. All providers of a case are judged against float64 before anything is timed;
+one whose error exceeds :data:`ERROR_LIMIT` times that of plain eager PyTorch gets no time. The others run
+round robin with probes of the machine's peaks (matrix product, memory copy), so that noise hits all alike.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Row:
     Attributes:
         provider: its name.
         error: largest relative error of its tensors against float64.
-        error_ratio: largest error in units of eager's for the same tensor; at most :data:`ERROR_LIMIT` if accurate.
+        error_ratio: largest error in units of eager's for the same tensor, up to :data:`ERROR_LIMIT`.
         accurate: whether it passed.
         seconds: median time of a run.
         fastest_seconds: least time of a run.
@@ -164,8 +164,8 @@ class Report:
         lines = [
             f"{self.title}, {self.dtype}: {work.flops / 1e9:.2f} GFLOP, {work.bytes / 1e6:.1f} MB"
             + (f" ({facts})" if facts else ""),
-            f"  {self.device}; matrix peak {self.peaks.matrix / 1e9:.0f} GFLOP/s ({self.peaks.matrix_probe}), "
-            f"copy {self.peaks.copy / 1e9:.1f} GB/s; median of {self.repeats}, interleaved",
+            f"  {self.device}; matrix peak {self.peaks.matrix / 1e9:.0f} GFLOP/s "
+            f"({self.peaks.matrix_probe}), copy {self.peaks.copy / 1e9:.1f} GB/s; {self.repeats} rounds",
             f"  {'provider':<24}{'median ms':>10}{'min ms':>10}{self.unit + '/s':>14}"
             f"{'x ' + self.baseline:>12}{'% of peak':>11}{'error':>11}{'x eager':>9}",
         ]
@@ -176,8 +176,8 @@ class Report:
                 continue
             speedup = f"{row.speedup:.2f}" if row.speedup is not None else "-"
             lines.append(
-                f"  {row.provider:<24}{1e3 * row.seconds:>10.2f}{1e3 * row.fastest_seconds:>10.2f}{row.rate:>14.0f}"
-                f"{speedup:>12}{100 * row.fraction_of_peak:>11.1f}{accuracy}"
+                f"  {row.provider:<24}{1e3 * row.seconds:>10.2f}{1e3 * row.fastest_seconds:>10.2f}"
+                f"{row.rate:>14.0f}{speedup:>12}{100 * row.fraction_of_peak:>11.1f}{accuracy}"
             )
         return "\n".join(lines)
 
@@ -192,8 +192,8 @@ def cpu_stopwatch(run: Run) -> float:
 def cuda_stopwatch(device: torch.device) -> Stopwatch:
     """Return a stopwatch for a GPU that starts every run with a cold L2 cache.
 
-    The flush also keeps the GPU busy while the CPU launches the run, so that launch latency counts only where it
-    exceeds the GPU's work.
+    The flush also keeps the GPU busy while the CPU launches the run, so that launch latency counts only where
+    it exceeds the GPU's work.
     """
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(max(4 * cache_bytes, 1 << 26), dtype=torch.int8, device=device)
@@ -235,7 +235,7 @@ def interleave(
 
 
 def peak_probes(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Run, Work]]:
-    """Runs that show what the machine can do, with their work: matrix products in ``dtype``, and a copy."""
+    """Return runs that show what the machine can do, with their work: products in ``dtype``, and a copy."""
     size, copied = (8192, 1 << 29) if device.type == "cuda" else (2048, 1 << 27)
     x, weight = torch.randn(2, size, size, device=device).to(dtype).unbind()
     packed, transposed = pack(weight), weight.t()
@@ -253,12 +253,12 @@ def peak_probes(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Run
 
 
 def tensors(result: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """The tensors of a provider's result, in the dtype they came in."""
+    """Return the tensors of a provider's result, in the dtype they came in."""
     return [result] if isinstance(result, Tensor) else list(result)
 
 
 def judge(provider: str, result: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> Row:
-    """Compare a provider's tensors with float64, in units of eager's error or of rounding if that is larger."""
+    """Compare a provider's tensors with float64, in units of eager's error, or of rounding if larger."""
     errors, ratios = [], []
     for actual, plain, truth in zip(result, eager, exact, strict=True):
         rounding = relative_error(truth.to(plain.dtype), truth)
@@ -387,7 +387,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check the shared options; ``device`` becomes a device, ``dtype`` dtypes, ``config`` the sizes.
+    """Parse and check the shared options: a device in ``device``, dtypes in ``dtype``, sizes in ``config``.
 
     Raises:
         InputError: a device that is not there, a count below 1, a JSON path that cannot be written.
@@ -462,7 +462,7 @@ def real_sizes(options: argparse.Namespace, expansion: int = 4) -> Sizes:
 def operation_case(
     case: OperationCase, device: torch.device, dtype: torch.dtype, backward: bool, compiled: bool
 ) -> Case:
-    """Set up an operation: eager, compiled, this library's ``torch``, and for inference its packed weights."""
+    """Set up an operation: eager, compiled, ``torch``, and for inference ``torch`` with packed weights."""
     function, inputs = OPERATIONS[case.operation]
     arguments = inputs(case.sizes, torch.Generator().manual_seed(0), dtype=dtype, device=device)
     shape = function(**arguments).shape
@@ -513,7 +513,7 @@ def operation_main(
     cases: Callable[[argparse.Namespace, int], Sequence[OperationCase]],
     argv: Sequence[str] | None,
 ) -> int:
-    """Command line of an operation's benchmark; ``cases(options, bytes per number)`` lists what to measure."""
+    """Run an operation's command line; ``cases(options, bytes per number)`` lists what to measure."""
     options = parse(make_parser(description), argv)
     reports = [
         measure(

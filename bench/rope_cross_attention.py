@@ -1,4 +1,4 @@
-"""Benchmark of rope_cross_attention: query projection, rotation, attention to 28 x 28 tokens, output projection.
+"""Benchmark of rope_cross_attention: projection, rotation, attention to 28 x 28 tokens, projection.
 
 ``python -m vitup_fast.bench.rope_cross_attention --device cpu``
 """

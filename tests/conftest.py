@@ -3,7 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitup_fast.testing import OPERATIONS
+from vitup_fast.config import ViTUpConfig
+from vitup_fast.testing import OPERATIONS, random_coords, random_image, random_network
+
+# The tests are many and small: threads would mostly wait for each other.
+torch.set_num_threads(1)
 
 IMPLS = ("torch", "reference")
 
@@ -21,3 +25,34 @@ def operation(request):
 @pytest.fixture(params=IMPLS)
 def impl(request):
     return request.param
+
+
+CONFIG = ViTUpConfig(dim=32, num_heads=2, layer_indices=(0, 1, 2))
+TOKENS, PATCHES = (5, 7), (10, 14)
+
+
+@pytest.fixture(scope="session")
+def network():
+    """A random float64 network; tests that change it work on a copy."""
+    return random_network(CONFIG, torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def image():
+    """Hidden states and patch grid of three images, in float64."""
+    generator = torch.Generator().manual_seed(2)
+    return random_image(
+        CONFIG, generator, batch=3, token_grid=TOKENS, patch_grid=PATCHES, dtype=torch.float64
+    )
+
+
+@pytest.fixture(scope="session")
+def cache(network, image):
+    with torch.no_grad():
+        return network.prepare(*image)
+
+
+@pytest.fixture(scope="session")
+def coords():
+    """Coordinates of 29 queries for each of the three images."""
+    return random_coords(torch.Generator().manual_seed(3), 3, 29)

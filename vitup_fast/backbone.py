@@ -6,7 +6,7 @@ Any timm model with ``patch_embed``, ``blocks`` and ``norm`` will do; the publis
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
@@ -78,6 +78,18 @@ class Backbone(nn.Module):
                 ) from error
             raise InputError(f"backbone: timm could not build {config.backbone!r} ({reason}).") from error
         return cls(model, config.layer_indices)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move or cast the model; the rotary periods keep at least their precision."""
+        rope = getattr(self.model, "rope", None)
+        before = dict(rope.named_buffers()) if isinstance(rope, nn.Module) else {}
+        super()._apply(fn, recurse)
+        for name, periods in before.items():
+            cast = rope.get_buffer(name)
+            owner, _, leaf = name.rpartition(".")
+            wide = torch.promote_types(cast.dtype, periods.dtype)
+            setattr(rope.get_submodule(owner), leaf, periods.to(cast.device, wide))
+        return self
 
     @property
     def patch_size(self) -> int:

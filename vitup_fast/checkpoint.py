@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -382,4 +383,6 @@ def _width_hint(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str
 
 def _reason(error: Exception) -> str:
     """Return the first sentence of an error."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "not tensors alone, in a format that torch.load takes with weights_only=True"
     return (str(error).partition("\n")[0] or type(error).__name__).rstrip(". ")

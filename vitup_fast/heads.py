@@ -53,8 +53,9 @@ def fold_head(head: Head, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]
     """
     head_weight, head_bias = head_parameters(head, weight.shape[0])
     wide = torch.promote_types(torch.promote_types(weight.dtype, head_weight.dtype), torch.float32)
-    matrix = head_weight.to(weight.device, wide)  # [C, D]
-    folded_bias = matrix @ bias.to(wide)
-    if head_bias is not None:
-        folded_bias = folded_bias + head_bias.to(weight.device, wide)
-    return (matrix @ weight.to(wide)).to(weight.dtype), folded_bias.to(weight.dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        matrix = head_weight.to(weight.device, wide)  # [C, D]
+        folded_bias = matrix @ bias.to(wide)
+        if head_bias is not None:
+            folded_bias = folded_bias + head_bias.to(weight.device, wide)
+        return (matrix @ weight.to(wide)).to(weight.dtype), folded_bias.to(weight.dtype)

@@ -546,7 +546,7 @@ class ViTUp(nn.Module):
 
         pieces: list[list[Tensor]] = []
         outputs: list[Tensor] = []
-        for span in spans:
+        for span in spans if groups else ():
             part = queries(span)
             walked = [
                 self._walk(cache[g], part.coords[g], part.tables, weights, decoders, impl) for g in groups
@@ -672,7 +672,7 @@ def parameter_state(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
 
 def query_bytes(dim: int, dtype: torch.dtype) -> int:
     """Upper bound of the memory of one query on its walk: activations in ``dtype``, rotary parts in float32."""
-    return dim * (12 * dtype.itemsize + 8)
+    return dim * (13 * dtype.itemsize + 8)
 
 
 def check_size(name: str, size: tuple[int, int]) -> tuple[int, int]:

@@ -341,7 +341,7 @@ def load(
     config = ViTUpConfig.preset(PRESET_OF[name])
 
     if weights == "random":
-        network, vit = random_network(config)
+        network, vit = seeded_network(config)
         if backbone is not None:
             load_backbone(vit, backbone)
         warnings.warn(
@@ -368,7 +368,7 @@ def load(
     return upsampler.to(device, dtype).eval().requires_grad_(False)
 
 
-def random_network(config: ViTUpConfig) -> tuple[ViTUp, Backbone]:
+def seeded_network(config: ViTUpConfig) -> tuple[ViTUp, Backbone]:
     """Make a seeded random network, leaving PyTorch's generator as it was.
 
     Every part is active, but a query moves little on its walk and the decoders are close to the identity, so that

@@ -68,7 +68,7 @@ def film_mlp_reference(
     x: Tensor, coords: Tensor, tokens: Tensor, freqs: Tensor, position: PositionWeights, weights: FilmWeights
 ) -> Tensor:
     """Definition of :func:`film_mlp`."""
-    B, h, w, D = tokens.shape
+    _, h, w, D = tokens.shape
     token, relative = nearest_token(coords.to(position_dtype(coords, x)), (h, w))  # [B, N], [B, N, 2]
     nearest = tokens.flatten(1, 2).gather(1, token.unsqueeze(-1).expand(-1, -1, D))  # [B, N, D]
     gamma, beta = film_gamma_beta(relative, freqs, position).chunk(2, dim=-1)  # [B, N, D] each
@@ -103,7 +103,7 @@ def _modulate(
     token: Tensor | None,
 ) -> _Modulation:
     """Gather each query's token and modulate it, from the table if there is one."""
-    B, h, w, D = tokens.shape
+    B, h, w, _ = tokens.shape
     flat = tokens.flatten(1, 2)  # [B, h * w, D]
     relative = code = None
     if table is not None:
