@@ -1,4 +1,4 @@
-"""The frozen vision transformer: from an image to its hidden states and its fine patch grid (paper, sec. 3).
+"""The frozen vision transformer: from an image to its hidden states and its fine patch grid (ViT-Up, arXiv 2606.14024).
 
 Any timm model with ``patch_embed``, ``blocks`` and ``norm`` will do; the published networks read DINOv3.
 """
@@ -106,7 +106,7 @@ class Backbone(nn.Module):
         images: Tensor,  # [B, 3, H, W]
         size: tuple[int, int],
     ) -> list[Tensor]:
-        """Compute the hidden states of the chosen depths (spec section 3).
+        """Compute the hidden states of the chosen depths.
 
         Depth 0 is the embedding output; depth i the output of block i through the next block's first
         LayerNorm, or through the final norm after the last block. Prefix tokens are dropped.
@@ -152,7 +152,7 @@ class Backbone(nn.Module):
         images: Tensor,  # [B, 3, H, W]
         size: tuple[int, int],
     ) -> Tensor:
-        """Embed the patches of the enlarged image, without ever holding that image (spec sections 3 and 6).
+        """Embed the patches of the enlarged image, without ever holding that image.
 
         Equal to the embedding output (no blocks) of the image resized bilinearly to
         ``(P * patch_size, Q * patch_size)``. Both maps are linear and separable per axis: where few distinct
@@ -184,7 +184,7 @@ class Backbone(nn.Module):
         return self._embedding_output(embed.norm(tokens))
 
     def add_lora(self, rank: int, scaling: float = PUBLISHED_LORA_SCALING) -> None:
-        """Freeze the model and add trainable low-rank adapters (spec section 5), at first without effect.
+        """Freeze the model and add trainable low-rank adapters, at first without effect.
 
         They sit on the patch embedding and on q, k, v and o of every block, as parametrizations of the
         weights. An adapter that lives in weight space cannot have the authors' dropout of its input, which is
@@ -219,7 +219,7 @@ class Backbone(nn.Module):
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:
-        """Run the model without its adapters inside the ``with`` block (the teacher of spec section 9)."""
+        """Run the model without its adapters inside the ``with`` block (the teacher in training)."""
         adapters = self._adapters()
         before = [adapter.enabled for adapter in adapters]
         try:
@@ -235,7 +235,7 @@ class Backbone(nn.Module):
         return [parameter for adapter in self._adapters() for parameter in adapter.parameters()]
 
     def lora_state_dict(self) -> dict[str, Tensor]:
-        """Return copies of the adapters under their published names (spec section 4); empty without any."""
+        """Return copies of the adapters under their published names; empty without any."""
         tensors = {}
         for adapter in self._adapters():
             lora_a, lora_b = adapter.lora_A.detach().clone(), adapter.lora_B.detach().clone()

@@ -1,4 +1,4 @@
-"""Checkpoints: read, give every tensor its one name, load strictly, merge or attach LoRA (spec, 4 and 5)."""
+"""Checkpoints: read, give every tensor its one name, load strictly, merge or attach LoRA."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class PublishedTensors(NamedTuple):
     """The three parts of a published or training checkpoint.
 
     Attributes:
-        vit_up: the upsampler's tensors under the names of spec section 4.
+        vit_up: the upsampler's tensors under their published names.
         lora: the adapters, ``backbone.base_model.model.<module>.lora_{A,B}.default.weight``.
         backbone: the base backbone's tensors under the public DINOv3 names, if the file carries them.
 
@@ -95,7 +95,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def split_published(tensors: Mapping[str, Tensor]) -> PublishedTensors:
-    """Give every tensor its present name and sort upsampler, adapters and backbone (spec section 4).
+    """Give every tensor its present name and sort upsampler, adapters and backbone.
 
     Undoes the older names, a leading ``vit_up.``, and what training puts around: ``model.``, ``module.``,
     ``vit_up_pl.``, ``vit_up_pl_v2.``, ``_orig_mod.`` segments, and peft's ``base_model.model`` and
@@ -152,7 +152,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
 
 
 def dinov3_to_timm(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename public DINOv3 tensors for a timm Eva model (spec section 5); timm's own names pass through.
+    """Rename public DINOv3 tensors for a timm Eva model; timm's own names pass through.
 
     Args:
         tensors: under the public names, with or without a leading ``model.`` or ``dinov3_vit.``.

@@ -1,4 +1,4 @@
-"""The sizes of a ViT-Up network and its published presets (paper, section 4)."""
+"""The sizes of a ViT-Up network and its published presets (arXiv 2606.14024)."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ class _Film(nn.Module):
         self.norm_input = nn.LayerNorm(dim, LAYER_NORM_EPS)
         self.gamma_beta_mlp = _MLP(2 + 4 * POSITION_CODE_BANDS, dim, 2 * dim, norm=False)
         self.post_mlp = _MLP(dim, MLP_EXPANSION * dim, dim, norm=True)
-        # Training starts without modulation (paper, appendix on training).
+        # Training starts without modulation.
         nn.init.zeros_(self.gamma_beta_mlp.mlp[-1].weight)
         nn.init.zeros_(self.gamma_beta_mlp.mlp[-1].bias)
 
@@ -389,7 +389,7 @@ class ViTUp(nn.Module):
         max_memory: int | None = None,
         impl: str = "auto",
     ) -> Tensor | list[Tensor]:  # [B, N, D]
-        """Predict features at continuous coordinates (paper, section 3.2).
+        """Predict features at continuous coordinates (ViT-Up, arXiv 2606.14024).
 
         Args:
             cache: the images, from :meth:`prepare`.
@@ -579,7 +579,7 @@ class ViTUp(nn.Module):
         decoders: dict[int, DecoderWeights],
         impl: str,
     ) -> list[Tensor]:  # [B, n, E] each
-        """Walk one chunk of queries through the network and decode the depths asked for (spec: forward)."""
+        """Walk one chunk of queries through the network and decode the depths asked for."""
         inv_freq, freqs = self.rope.inv_freq, self.rel_pos_enc.freqs
         query = bilinear_sample(cache.patch_grid, coords, impl=impl)  # [B, n, D]
         decoded = [norm_linear(query, *decoders[0], impl=impl)] if 0 in decoders else []
@@ -655,6 +655,8 @@ class ViTUp(nn.Module):
                 f"{blocks} blocks of width {width}",
                 "Prepare it with this network.",
             )
+        if cache.patch_grid.dtype != self.dtype:
+            raise expected("cache", f"dtype {self.dtype} of the network", cache.patch_grid.dtype, "Use cache.to.")
         if cache.patch_grid.device != self.device:
             raise expected(
                 "cache", f"device {self.device} of the network", cache.patch_grid.device, "Use cache.to."

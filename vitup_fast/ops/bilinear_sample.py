@@ -1,6 +1,6 @@
 """Bilinear sampling of a grid of features at continuous coordinates: the start of every query.
 
-Paper, section 3.2 (query initialisation). ``align_corners=False`` with border clamping: pixel position
+ViT-Up, arXiv 2606.14024. ``align_corners=False`` with border clamping: pixel position
 ``x * Q - 0.5``, clamped to [0, Q - 1] before interpolating, the same for rows.
 """
 

@@ -1,6 +1,6 @@
 """Continuous coordinates: nearest token, position code and rotary angles, always in float32 or better.
 
-Everything here is plain differentiable PyTorch and part of the definition (paper, section 3.2): positions are
+Everything here is plain differentiable PyTorch and part of the definition (ViT-Up, arXiv 2606.14024): positions are
 in units of one token, ``(x * w, y * h)``, and token (row, col) has its centre at ``(col + 0.5, row + 0.5)``.
 """
 

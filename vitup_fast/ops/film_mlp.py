@@ -1,4 +1,4 @@
-"""FiLM MLP of the nearest token: what a query reads locally (paper, section 3.2, local context).
+"""FiLM MLP of the nearest token: what a query reads locally (ViT-Up, arXiv 2606.14024).
 
 ``m = (1 + gamma) * t + beta`` modulates the LayerNormed token ``t`` nearest to the query by an MLP of where inside
 that token's cell the query lies; the result is ``x + LNl(W2 gelu(W1 LN1(m) + b1) + b2)``.

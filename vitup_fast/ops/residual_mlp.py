@@ -1,4 +1,4 @@
-"""Residual MLP with its LayerNorm: ``x + W2 gelu(W1 LN(x) + b1) + b2`` (paper, section 3.2)."""
+"""Residual MLP with its LayerNorm: ``x + W2 gelu(W1 LN(x) + b1) + b2`` (ViT-Up, arXiv 2606.14024)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Cross-attention from queries at continuous coordinates to all tokens, with 2D rotary positions.
 
-Paper, section 3.2 (global context): ``x + Wo softmax(Q K^T / sqrt(d)) V + bo`` with ``Q = rope(Wq LN(x) + bq)``.
+ViT-Up, arXiv 2606.14024: ``x + Wo softmax(Q K^T / sqrt(d)) V + bo`` with ``Q = rope(Wq LN(x) + bq)``.
 Keys (projected and rotated) and values depend on the image only and come ready-made.
 """
 
