@@ -129,7 +129,7 @@ def test_golden_in_low_precision(golden, dtype):
 
 @pytest.mark.parametrize(
     ("dim", "dtype", "cosine"),
-    [(384, torch.float32, 0.9999999), (384, torch.bfloat16, 0.9995), (768, torch.bfloat16, 0.9995)],
+    [(384, torch.float32, 0.9999999), (384, torch.bfloat16, 0.9999), (768, torch.bfloat16, 0.9999)],
     ids=str,
 )
 def test_real_sizes(dim, dtype, cosine):
@@ -382,9 +382,15 @@ def change_behind_the_back(network, weights):
 @pytest.mark.parametrize("change", [change_by_optimizer, change_by_loading, change_behind_the_back])
 def test_changed_weights_are_honoured(network, image, coords, change):
     low = copy.deepcopy(network).float()
+    with torch.no_grad():
+        old_cache = low.prepare(*image)
     other = {n: t + 0.01 * torch.ones_like(t) if "freqs" not in n else t for n, t in low.state_dict().items()}
-    before = query(low, low.prepare(*image), coords)
+    before = query(low, old_cache, coords)
     change(low, other)
+    if change is not change_behind_the_back:  # which only prepare can notice
+        expected = low(old_cache, coords).detach()
+        torch.testing.assert_close(query(low, old_cache, coords), expected, rtol=1e-4, atol=1e-5)
+        assert relative(expected, before) > 1e-3
     with torch.no_grad():
         cache = low.prepare(*image)
     after = query(low, cache, coords)
@@ -497,11 +503,12 @@ def test_memory_stays_within_the_budget(dtype, megabytes, blocks):
     per_query = vitup_fast.model.query_bytes(384, dtype)
     count = min(1024, budget // per_query) * 3 // 2 + 1
     scattered = random_coords(generator, 1, count)
-    assert budget / 4 < peak_memory(lambda: network(cache, scattered, max_memory=budget)) <= budget or (
-        megabytes == 64
-    )
+    peak = peak_memory(lambda: network(cache, scattered, max_memory=budget))
+    assert (
+        (0 if megabytes == 64 else budget / 4) < peak <= budget
+    )  # 64 MB exceed what the largest chunk needs
     assert peak_memory(lambda: network(cache, scattered, max_memory=budget, return_all_layers=True)) <= budget
-    for size in ((count // 112 + 1, 112), (count // 150 + 1, 150)):
+    for size in ((count // 112 + 1, 112), (27, 40)):  # 4 relative positions a row; 270 in all
         assert peak_memory(lambda size=size: network.dense(cache, size, max_memory=budget)) <= budget
 
 
