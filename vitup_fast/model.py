@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, SupportsIndex, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -43,7 +44,7 @@ from .ops.film_mlp import film_gamma_beta
 from .ops.primitives import pack
 
 # Queries whose activations stay in the last-level cache while a block's weights pass by.
-CHUNK_QUERIES = {"cpu": 1024, "cuda": 8448}
+CHUNK_QUERIES = {"cpu": 1568, "cuda": 8448}
 # A table of relative positions is computed once per call up to this many rows, beyond that once per chunk.
 SHARED_TABLE_ROWS = 2048
 
@@ -52,17 +53,21 @@ Weights = TypeVar("Weights")
 
 
 class _FixedPrecision(nn.Module):
-    """Holds a constant buffer that follows the module's device but never its dtype."""
+    """Holds a constant buffer that follows the module's device but never its dtype, nor a meta device."""
 
     def __init__(self, name: str, values: Tensor, persistent: bool) -> None:
         super().__init__()
-        self.register_buffer(name, values, persistent=persistent)
+        device = torch.get_default_device()
+        self.register_buffer(
+            name, values if device.type == "meta" else values.to(device), persistent=persistent
+        )
         self._name = name
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         before = getattr(self, self._name)
         super()._apply(fn, recurse)
-        setattr(self, self._name, before.to(getattr(self, self._name).device))
+        device = getattr(self, self._name).device
+        setattr(self, self._name, before if device.type == "meta" else before.to(device))
         return self
 
 
@@ -234,13 +239,14 @@ class ImageCache:
     def __len__(self) -> int:
         return self.batch_size
 
-    def __getitem__(self, images: int | slice | Sequence[int] | Tensor) -> ImageCache:
+    def __getitem__(self, images: SupportsIndex | slice | Sequence[int] | Tensor) -> ImageCache:
         """Select images; an integer keeps the batch axis, so that the result is a cache of one image."""
-        if isinstance(images, int):
-            if not -self.batch_size <= images < self.batch_size:
-                raise IndexError(f"image {images} of a cache of {self.batch_size}")
-            images %= self.batch_size
-            images = slice(images, images + 1)
+        if isinstance(images, SupportsIndex) and not (isinstance(images, Tensor) and images.dim()):
+            image = operator.index(images)
+            if not -self.batch_size <= image < self.batch_size:
+                raise IndexError(f"image {image} of a cache of {self.batch_size}")
+            image %= self.batch_size
+            images = slice(image, image + 1)
         return self._map(lambda t: t[images])
 
     def to(self, *args: object, **kwargs: object) -> ImageCache:
@@ -305,8 +311,8 @@ class ViTUp(nn.Module):
     def __init__(self, config: ViTUpConfig) -> None:
         super().__init__()
         self.config = config
-        freqs = torch.exp(torch.linspace(0.0, math.log(POSITION_CODE_MAX_RESOLUTION), POSITION_CODE_BANDS))
-        self.rel_pos_enc = _FixedPrecision("freqs", freqs, persistent=True)
+        steps = torch.linspace(0.0, math.log(POSITION_CODE_MAX_RESOLUTION), POSITION_CODE_BANDS, device="cpu")
+        self.rel_pos_enc = _FixedPrecision("freqs", torch.exp(steps), persistent=True)
         self.rope = _FixedPrecision("inv_freq", rope_inv_freq(config.head_dim, ROPE_BASE), persistent=False)
         self.vit_up_blocks = nn.ModuleList(_Block(config.dim) for _ in range(config.num_layers - 1))
         self.decoder_mlp = nn.ModuleList(_Decoder(config.dim) for _ in range(config.num_layers))
@@ -357,7 +363,10 @@ class ViTUp(nn.Module):
                 raise expected(f"hidden_states[{i}]", f"device {self.device} of the network", hidden.device)
         if 0 in hidden_states[0].shape or 0 in patch_grid.shape:
             raise expected("hidden_states and patch_grid", "no empty axis", tuple(patch_grid.shape))
-        _PACKED.pop(self, None)
+        packed = _PACKED.get(self)
+        # Versions do not see writes through ``.data``; a look at some numbers of every parameter does.
+        if packed is not None and not torch.equal(packed.samples, self._samples()):
+            del _PACKED[self]
 
         token_grid = tuple(hidden_states[0].shape[1:3])
         wide = torch.promote_types(self.dtype, torch.float32)
@@ -414,7 +423,7 @@ class ViTUp(nn.Module):
         single = torch.compiler.is_compiling() and query_chunk_size is None and max_memory is None
         per_query = self._query_bytes(return_all_layers, head)
         chunk = count if single else self._chunk(query_chunk_size, max_memory, per_query)
-        spans = [slice(0, count)] if single else [slice(i, i + chunk) for i in range(0, count, chunk)]
+        spans = [slice(0, count)] if single else _spans(count, chunk)
 
         def queries(span: slice) -> _Queries:
             return _Queries(coords[:, span], [None] * len(self.vit_up_blocks))
@@ -481,11 +490,9 @@ class ViTUp(nn.Module):
             return self._grid_queries(rows.part(y, keep), cols.part(x, keep), cache, tabulate, shared)
 
         if chunk >= W:
-            step = chunk // W * W
-            spans = [slice(i, min(i + step, H * W)) for i in range(0, H * W, step)]
+            spans = [slice(y.start * W, y.stop * W) for y in _spans(H, chunk // W)]
         else:
-            starts = [(row * W, i) for row in range(H) for i in range(0, W, chunk)]
-            spans = [slice(row + i, row + min(i + chunk, W)) for row, i in starts]
+            spans = [slice(row * W + x.start, row * W + x.stop) for row in range(H) for x in _spans(W, chunk)]
         options = _Options(return_all_layers, head, chunk, impl, progress=progress)
         output = self._run(cache, H * W, spans, queries, options)
         if return_all_layers:
@@ -542,11 +549,11 @@ class ViTUp(nn.Module):
         if folded:
             decoders[L - 1] = DecoderWeights(*decoders[L - 1][:2], *folded)
         images = max(1, options.chunk // max(1, count))  # whose queries share a chunk
-        groups = [slice(b, b + images) for b in range(0, B, images)]
+        groups = _spans(B, images)
 
         pieces: list[list[Tensor]] = []
         outputs: list[Tensor] = []
-        for span in spans if groups else ():
+        for span in spans:
             part = queries(span)
             walked = [
                 self._walk(cache[g], part.coords[g], part.tables, weights, decoders, impl) for g in groups
@@ -566,8 +573,6 @@ class ViTUp(nn.Module):
             outputs = [
                 torch.cat(layer, 1) if len(pieces) > 1 else layer[0] for layer in zip(*pieces, strict=True)
             ]
-        if not outputs:
-            outputs = [cache.patch_grid.new_empty(B, count, d.bias.shape[0]) for d in decoders.values()]
         return outputs if options.return_all_layers else outputs[0]
 
     def _walk(
@@ -608,11 +613,16 @@ class ViTUp(nn.Module):
             return weights
         state = (dtype, *parameter_state(self.parameters()))
         cached = _PACKED.get(self)
-        if cached is None or cached[0] != state:
+        if cached is None or cached.state != state:
             with torch.no_grad():
                 prepared = _map(_cast(weights, dtype), lambda t: pack(t) if t.dim() == 2 else t.detach())
-            cached = _PACKED[self] = (state, prepared)
-        return cached[1]
+            cached = _PACKED[self] = _Packed(state, self._samples(), prepared)
+        return cached.weights
+
+    def _samples(self) -> Tensor:
+        """A few numbers of every parameter."""
+        parameters = (p.detach().flatten() for p in self.parameters())
+        return torch.cat([p[:: max(1, len(p) // 32)].float().cpu() for p in parameters])
 
     def _query_bytes(self, return_all_layers: bool, head: Head | None) -> int:
         """Upper bound of the memory of one query: its walk, and what is decoded of it."""
@@ -656,15 +666,30 @@ class ViTUp(nn.Module):
                 "Prepare it with this network.",
             )
         if cache.patch_grid.dtype != self.dtype:
-            raise expected("cache", f"dtype {self.dtype} of the network", cache.patch_grid.dtype, "Use cache.to.")
+            raise expected(
+                "cache", f"dtype {self.dtype} of the network", cache.patch_grid.dtype, "Use cache.to."
+            )
         if cache.patch_grid.device != self.device:
             raise expected(
                 "cache", f"device {self.device} of the network", cache.patch_grid.device, "Use cache.to."
             )
 
 
-# Packed weights of each network and the state of the parameters they were made from.
-_PACKED: WeakKeyDictionary[ViTUp, tuple[object, NetworkWeights]] = WeakKeyDictionary()
+class _Packed(NamedTuple):
+    """Packed weights, and the parameters they were made from."""
+
+    state: tuple
+    samples: Tensor
+    weights: NetworkWeights
+
+
+_PACKED: WeakKeyDictionary[ViTUp, _Packed] = WeakKeyDictionary()
+
+
+def _spans(count: int, chunk: int) -> list[slice]:
+    """Cut ``count`` into as few spans of at most ``chunk`` as possible, of nearly equal length; at least one."""
+    pieces = max(1, -(-count // chunk))
+    return [slice(i * count // pieces, (i + 1) * count // pieces) for i in range(pieces)]
 
 
 def parameter_state(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import checks
 from .coordinates import position_dtype
-from .dispatch import Kernels, Operator, autocast, resolve
+from .dispatch import Kernels, Operator, autocast, resolve, run_reference
 
 
 def bilinear_sample_reference(grid: Tensor, coords: Tensor) -> Tensor:
@@ -123,5 +123,5 @@ def bilinear_sample(
     (grid,) = autocast(grid)
     impl = resolve(impl)
     if impl == "reference":
-        return bilinear_sample_reference(grid, coords)
+        return run_reference(bilinear_sample_reference, grid, coords)
     return _operator(grid, coords, impl=impl)

@@ -58,9 +58,9 @@ def position_code(relative: Tensor, freqs: Tensor) -> Tensor:
 
 
 def rope_inv_freq(head_dim: int, base: float) -> Tensor:
-    """Rotary frequencies of one axis; by definition float32 numbers, widened where the rest is float64."""
+    """Rotary frequencies of one axis: by definition these float32 numbers, computed on the CPU."""
     n = head_dim // 4
-    return 1.0 / (base ** (torch.arange(n, dtype=torch.float32) / n))  # [d / 4]
+    return 1.0 / (base ** (torch.arange(n, dtype=torch.float32, device="cpu") / n))  # [d / 4]
 
 
 def rope_angles(position: Tensor, inv_freq: Tensor) -> Tensor:

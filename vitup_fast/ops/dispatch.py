@@ -142,6 +142,12 @@ class Operator:
         return self.forward(*arguments, impl)
 
 
+def run_reference(definition: Callable[..., Tensor], x: Tensor, *arguments: object) -> Tensor:
+    """Run a definition; its arguments have been cast, and autocast shall not cast within."""
+    with torch.autocast(x.device.type, enabled=False):
+        return definition(x, *arguments)
+
+
 def autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """Cast features and weights to the autocast dtype if autocast is on; coordinates never go through here."""
     kind = x.device.type

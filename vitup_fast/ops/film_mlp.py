@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import LAYER_NORM_EPS
 from . import checks
 from .coordinates import nearest_token, position_code, position_dtype
-from .dispatch import Kernels, Operator, autocast, resolve
+from .dispatch import Kernels, Operator, autocast, resolve, run_reference
 from .primitives import (
     MLPWeights,
     layer_norm,
@@ -297,7 +297,7 @@ def film_mlp(
     impl = resolve(impl)
     if impl == "reference":
         weights = FilmWeights(mlp_weights, *out_norm)
-        return film_mlp_reference(x, coords, tokens, freqs, position, weights)
+        return run_reference(film_mlp_reference, x, coords, tokens, freqs, position, weights)
     if table is None:
         return _operator(
             x, coords, tokens, *position, *mlp_weights, *out_norm, None, freqs, None, None, impl=impl

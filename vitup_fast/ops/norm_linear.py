@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config import LAYER_NORM_EPS
 from . import checks
-from .dispatch import Kernels, Operator, autocast, resolve
+from .dispatch import Kernels, Operator, autocast, resolve, run_reference
 from .primitives import layer_norm, layer_norm_backward, linear, linear_backward
 
 
@@ -95,5 +95,5 @@ def norm_linear(
     checks.check_weight("bias", bias, (width,), x)
     impl = resolve(impl)
     if impl == "reference":
-        return norm_linear_reference(x, norm_weight, norm_bias, weight, bias)
+        return run_reference(norm_linear_reference, x, norm_weight, norm_bias, weight, bias)
     return _operator(x, norm_weight, norm_bias, weight, bias, impl=impl)

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ..config import LAYER_NORM_EPS
 
+# oneDNN sums float32 products one after the other, BLAS in blocks: over longer rows than this oneDNN's rounding
+# error would exceed one and a half times that of plain PyTorch.
+ONEDNN_FLOAT32_WIDTH = 512
 # Rows for which oneDNN optimises the blocked layout; other row counts run too.
 PACKING_ROWS = 1024
 
@@ -45,8 +48,10 @@ def _onednn_dtypes() -> frozenset[torch.dtype]:
 
 
 def _takes_onednn(x: Tensor) -> bool:
-    """Whether a linear layer on ``x`` goes to oneDNN."""
-    return x.device.type == "cpu" and x.dtype in _onednn_dtypes() and x.numel() > 0
+    """Whether products over the last axis of ``x`` go to oneDNN."""
+    if x.device.type != "cpu" or x.dtype not in _onednn_dtypes() or x.numel() == 0:
+        return False
+    return x.dtype != torch.float32 or x.shape[-1] <= ONEDNN_FLOAT32_WIDTH
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config import LAYER_NORM_EPS
 from . import checks
-from .dispatch import Kernels, Operator, autocast, resolve
+from .dispatch import Kernels, Operator, autocast, resolve, run_reference
 from .primitives import MLPWeights, mlp, mlp_backward
 
 
@@ -72,5 +72,5 @@ def residual_mlp(
     check_mlp("weights", weights, x)
     impl = resolve(impl)
     if impl == "reference":
-        return residual_mlp_reference(x, weights)
+        return run_reference(residual_mlp_reference, x, weights)
     return _operator(x, *weights, impl=impl)

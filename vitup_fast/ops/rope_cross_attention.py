@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import LAYER_NORM_EPS
 from . import checks
 from .coordinates import position_dtype, rope_angles, rotate_pairs, token_positions
-from .dispatch import Kernels, Operator, autocast, resolve
+from .dispatch import Kernels, Operator, autocast, resolve, run_reference
 from .norm_linear import norm_linear_backward
 from .primitives import layer_norm, linear, linear_backward
 
@@ -61,11 +61,17 @@ def _angles(x: Tensor, coords: Tensor, inv_freq: Tensor, token_h: int, token_w: 
     return rope_angles(position, inv_freq).unsqueeze(2)
 
 
+def _rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Do what :func:`rotate_pairs` does, as one complex product."""
+    pairs = torch.view_as_complex(x.to(angles.dtype).unflatten(-1, (-1, 2)).contiguous())  # [..., d / 2]
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2).to(x.dtype)
+
+
 def _rotated_query(x: Tensor, key: Tensor, weights: AttentionWeights, angles: Tensor) -> Tensor:
     """Projected and rotated queries, heads before queries as attention wants them.  # [B, Hh, N, d]"""
     normed = layer_norm(x, weights.norm_weight, weights.norm_bias)
     query = linear(normed, weights.query_weight, weights.query_bias)  # [B, N, D]
-    return rotate_pairs(query.unflatten(-1, (key.shape[1], key.shape[3])), angles).transpose(1, 2)
+    return _rotate(query.unflatten(-1, (key.shape[1], key.shape[3])), angles).transpose(1, 2)
 
 
 def _forward(
@@ -154,7 +160,7 @@ def _backward(
         grad_position = (grad_angles.unflatten(-1, (2, -1)) * frequency).sum(-1)  # [B, N, 2]
         grad_coords = token_positions(grad_position, (token_h, token_w)).to(coords.dtype)
 
-    grad_query = rotate_pairs(grad_query, -angles).flatten(-2).to(x.dtype)  # [B, N, D]
+    grad_query = _rotate(grad_query, -angles).flatten(-2).to(x.dtype)  # [B, N, D]
     grad_x, *grads_query = norm_linear_backward(
         grad_query, x, norm_weight, norm_bias, query_weight, [needs_grad[0], *needs_grad[4:8]]
     )
@@ -227,5 +233,7 @@ def rope_cross_attention(
         raise checks.expected("inv_freq", f"{key.shape[-1] // 4} frequencies", tuple(inv_freq.shape))
     impl = resolve(impl)
     if impl == "reference":
-        return rope_cross_attention_reference(x, coords, key, value, weights, inv_freq, token_grid)
+        return run_reference(
+            rope_cross_attention_reference, x, coords, key, value, weights, inv_freq, token_grid
+        )
     return _operator(x, coords, key, value, *weights, inv_freq, *token_grid, impl=impl)
