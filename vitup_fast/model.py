@@ -551,28 +551,29 @@ class ViTUp(nn.Module):
         images = max(1, options.chunk // max(1, count))  # whose queries share a chunk
         groups = _spans(B, images)
 
+        # Pieces to concatenate where a graph is recorded or there is one piece; else written where they belong.
+        concatenates = tracks_grad or len(spans) * len(groups) == 1
         pieces: list[list[Tensor]] = []
         outputs: list[Tensor] = []
         for span in spans:
             part = queries(span)
-            walked = [
-                self._walk(cache[g], part.coords[g], part.tables, weights, decoders, impl) for g in groups
-            ]
-            if options.progress is not None:
-                options.progress(part.coords.shape[1])
-            if tracks_grad or len(spans) * len(groups) == 1:
-                pieces.append(
-                    [torch.cat(layer) if len(groups) > 1 else layer[0] for layer in zip(*walked, strict=True)]
-                )
-                continue
-            outputs = outputs or [layer.new_empty(B, count, layer.shape[-1]) for layer in walked[0]]
-            for group, layers in zip(groups, walked, strict=True):
+            walked: list[list[Tensor]] = []
+            for group in groups:
+                layers = self._walk(
+                    cache[group], part.coords[group], part.tables, weights, decoders, impl
+                )  # [b, n, E] each
+                if concatenates:
+                    walked.append(layers)
+                    continue
+                outputs = outputs or [layer.new_empty(B, count, layer.shape[-1]) for layer in layers]
                 for output, layer in zip(outputs, layers, strict=True):
                     output[group, span] = layer
-        if pieces:
-            outputs = [
-                torch.cat(layer, 1) if len(pieces) > 1 else layer[0] for layer in zip(*pieces, strict=True)
-            ]
+            if concatenates:
+                pieces.append([_cat(layer, 0) for layer in zip(*walked, strict=True)])
+            if options.progress is not None:
+                options.progress(part.coords.shape[1])
+        if concatenates:
+            outputs = [_cat(layer, 1) for layer in zip(*pieces, strict=True)]
         return outputs if options.return_all_layers else outputs[0]
 
     def _walk(
@@ -684,6 +685,11 @@ class _Packed(NamedTuple):
 
 
 _PACKED: WeakKeyDictionary[ViTUp, _Packed] = WeakKeyDictionary()
+
+
+def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """Concatenate, without a copy of a single tensor."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def _spans(count: int, chunk: int) -> list[slice]:
