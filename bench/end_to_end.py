@@ -302,13 +302,18 @@ def dense_memory_apart(
         return process.submit(dense_memory, config, side, device, dtype).result()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the benchmark; see ``--help``.
+
+    Args:
+        argv: command line without the program's name; None takes that of the process.
+        prog: the program's name in messages; None takes that of the process.
 
     Raises:
         InputError: a device that is not there, a count that does not fit, a JSON path that cannot be written.
     """
     parser = make_parser("Benchmark of the whole upsampler, on a grid and at scattered coordinates.")
+    parser.prog = prog or parser.prog
     add = parser.add_argument
     add("--autocast", action="store_true", help="float32 parameters, --dtype is the autocast type")
     add("--chunks", nargs="+", type=int, default=[], metavar="N", help="also try these chunk sizes")

@@ -366,18 +366,27 @@ def publish(reports: Sequence[Report], path: Path | None) -> None:
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """Create the parser with the options that all benchmarks share."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
-    add("--device", default="cpu", help="cpu, cuda or cuda:N")
-    add("--preset", choices=("dinov3_splus", "dinov3_base", "tiny"), default="dinov3_splus", help="sizes")
+    add("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    add(
+        "--preset",
+        choices=("dinov3_splus", "dinov3_base", "tiny"),
+        default="dinov3_splus",
+        help="sizes (default: S+)",
+    )
     add(
         "--queries",
         type=int,
         help="queries (default: 3136 on the CPU, 200704 on a GPU, a quarter if --quick)",
     )
-    add("--dtype", nargs="+", choices=tuple(DTYPES), default=["float32", "bfloat16"], help="compute types")
+    add(
+        "--dtype",
+        nargs="+",
+        choices=tuple(DTYPES),
+        default=["float32", "bfloat16"],
+        help="compute types (default: float32 and bfloat16)",
+    )
     add("--repeats", type=int, help="timed rounds (default: 15, 3 if --quick)")
     add("--json", type=Path, metavar="PATH", help="write the figures to this file")
     add("--backward", action="store_true", help="forward and backward pass together")

@@ -224,6 +224,15 @@ def test_info_names_versions_and_implementations(capsys):
         assert word in text
 
 
+def test_bench_is_reached(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("bench", "--help")
+    assert stop.value.code == 0
+    assert "vitup-fast bench" in capsys.readouterr().out
+    assert run("bench", "--device", "abacus") == cli.USER_ERROR
+    assert "abacus" in one_sentence(capsys)
+
+
 def test_module_runs_as_a_program():
     done = subprocess.run(
         [sys.executable, "-m", "vitup_fast.cli", "--version"], capture_output=True, text=True

@@ -343,7 +343,7 @@ def test_accelerated_parameters_are_shared():
         torch.testing.assert_close(twin(None, query, cache_data=data)[-1], changed)
         twin.decoder_mlp[-1].mlp[1].bias.add_(1)
         torch.testing.assert_close(theirs(None, query, cache_data=data)[-1], changed)
-        data["layer_hidden_states_hwc"][1].mul_(2)  # new image in the same buffer
+        data["layer_hidden_states_hwc"][1].neg_()  # new image in the same buffer
         assert not torch.allclose(theirs(None, query, cache_data=data)[-1], changed)
 
 

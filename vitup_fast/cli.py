@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["bench"]:
             end_to_end = require("vitup_fast.bench.end_to_end", "dev", "the benchmark")
-            return end_to_end.main(arguments[1:])
+            return end_to_end.main(arguments[1:], prog="vitup-fast bench")
         args = _parser().parse_args(arguments)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
