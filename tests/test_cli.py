@@ -68,6 +68,8 @@ def test_upsample_several_and_skip_existing(photo, tmp_path, capsys):
     other = tmp_path / "other.png"
     Image.new("L", (20, 30), 90).save(other)
     out = tmp_path / "out"
+    out.mkdir()
+    (out / "writable").write_text("the user's own")
     arguments = ("upsample", photo, other, "-o", out, "--size", 3, 4, *RANDOM)
     assert run(*arguments) == 0
     before = (out / "other.npy").stat().st_mtime_ns
@@ -76,6 +78,8 @@ def test_upsample_several_and_skip_existing(photo, tmp_path, capsys):
     assert (out / "photo.npy").exists()
     assert (out / "other.npy").stat().st_mtime_ns == before
     assert "done before" in capsys.readouterr().out
+    assert sorted(p.name for p in out.iterdir()) == ["other.npy", "photo.npy", "writable"]
+    assert (out / "writable").read_text() == "the user's own"
 
 
 def test_unreachable_weights(photo, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import platform
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from . import __version__
 from .errors import InputError, MissingPackageError, expected, require
 from .images import feature_picture, normalise, read_image, write_atomically
+from .model import check_size
 from .ops import implementations
 from .upsampler import ALIASES, PRESET_OF, Upsampler, WeightsUnavailableError, load
 
@@ -97,7 +99,10 @@ def _upsample(args: argparse.Namespace) -> int:
     """Write features, and pictures if asked for, of every image."""
     tqdm = require("tqdm", "demo", "showing progress").tqdm
     targets = _targets(args)
-    for path in targets:  # before the model is loaded: a wrong path shall not cost a minute
+    # Before the model is loaded: a mistake shall not cost a minute.
+    if args.size:
+        check_size("--size", tuple(args.size))
+    for path in targets:
         read_image(path)
     model = _load(args)
     for path, (features_path, picture_path) in targets.items():
@@ -123,8 +128,10 @@ def _targets(args: argparse.Namespace) -> dict[Path, tuple[Path, Path]]:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{args.output}: cannot be made a folder ({error.strerror or error}).") from error
-    write_atomically(args.output / "writable", lambda path: path.touch())
-    (args.output / "writable").unlink(missing_ok=True)
+    try:
+        tempfile.TemporaryFile(dir=args.output).close()
+    except OSError as error:
+        raise InputError(f"{args.output}: cannot be written ({error.strerror or error}).") from error
     targets = {
         path: (args.output / f"{path.stem}.{args.save}", args.output / f"{path.stem}_pca.png")
         for path in args.images
