@@ -21,6 +21,10 @@ class MissingPackageError(ImportError):
     """An optional package is needed and not installed; the message holds the command that installs it."""
 
 
+class KernelError(RuntimeError):
+    """A kernel does not compile, or does not fit the GPU; the message names kernel, settings and GPU."""
+
+
 def expected(argument: str, expectation: str, got: object, remedy: str = "") -> InputError:
     """Build the error for a bad argument: ``raise expected("coords", "shape (B, N, 2)", shape)``."""
     return InputError(f"{argument}: expected {expectation}, got {got}." + (f" {remedy}" if remedy else ""))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import checks
 from .coordinates import position_dtype
-from .dispatch import Kernels, Operator, autocast, resolve, run_reference
+from .dispatch import Kernels, Operator, autocast, lazy_kernels, resolve, run_reference
 
 
 def bilinear_sample_reference(grid: Tensor, coords: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ _operator = Operator(
     "Tensor grid, Tensor coords",
     differentiable=2,
     output_shape=lambda grid, coords: (*coords.shape[:2], grid.shape[-1]),
-    kernels={"torch": Kernels(_forward, _backward)},
+    kernels={"torch": Kernels(_forward, _backward), "triton": lazy_kernels("bilinear_sample")},
 )
 
 
@@ -107,13 +107,13 @@ def bilinear_sample(
     Args:
         grid: features, any floating dtype.
         coords: (x, y) in [0, 1] over the image, x to the right, float32 or float64. A NaN stays in its row.
-        impl: ``"auto"``, ``"torch"`` or ``"reference"``.
+        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         Sampled features in the dtype of ``grid``; differentiable for ``grid`` and ``coords``.
 
     Raises:
-        InputError: wrong shape, dtype or device.
+        InputError: wrong shape, dtype or device, or an ``impl`` that cannot run.
     """
     checks.check_features("grid", grid, "(B, P, Q, D)")
     if 0 in grid.shape[1:]:
@@ -121,7 +121,7 @@ def bilinear_sample(
     checks.check_coords(coords, batch=grid.shape[0])
     checks.check_device("coords", coords, grid)
     (grid,) = autocast(grid)
-    impl = resolve(impl)
+    impl = resolve(impl, grid, {"the width D": grid.shape[-1]})
     if impl == "reference":
         return run_reference(bilinear_sample_reference, grid, coords)
     return _operator(grid, coords, impl=impl)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -30,23 +35,90 @@ class Implementation(NamedTuple):
 def implementations() -> list[Implementation]:
     """List every implementation with whether and why it is available, the preferred one first."""
     onednn = "with" if torch.backends.mkldnn.is_available() else "without"
+    obstacle = _triton_obstacle()
     return [
+        Implementation("triton", obstacle is None, obstacle or "fused kernels for NVIDIA GPUs and their tensors"),
         Implementation("torch", True, f"tuned PyTorch calls, any device ({onednn} oneDNN on the CPU)"),
         Implementation("reference", True, "the definition: plain PyTorch, any dtype up to float64"),
     ]
 
 
-def resolve(impl: str) -> str:
-    """Return the name of the implementation that runs for ``impl``; ``"auto"`` picks the preferred one.
+NAMES = ("triton", "torch", "reference")
+OLDEST_TRITON = (3, 6)
+HEAD_DIMS = (32, 64, 128)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is switched on, which runs the kernels on the CPU, slowly."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@cache
+def _triton_package_obstacle() -> str | None:
+    """Why Triton cannot be used in this environment, or None."""
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return "the package triton is not installed (pip install triton)"
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {found} is older than 3.6 (pip install --upgrade torch triton)"
+    return None
+
+
+def _triton_obstacle() -> str | None:
+    """Why the Triton kernels cannot run on this machine, or None."""
+    obstacle = _triton_package_obstacle()
+    if obstacle is None and not interpreted() and not (torch.version.cuda and torch.cuda.is_available()):
+        return "no NVIDIA GPU is available"
+    return obstacle
+
+
+def _triton_obstacle_for(x: Tensor, widths: Mapping[str, int], head_dim: int | None) -> str | None:
+    """Why the Triton kernels cannot take these features, or None."""
+    obstacle = _triton_obstacle()
+    if obstacle is not None:
+        return obstacle
+    if not interpreted():
+        if not x.is_cuda:
+            return f"the features are on {x.device}, not on a GPU"
+        if torch.cuda.get_device_capability(x.device) < (8, 0):
+            return f"{torch.cuda.get_device_name(x.device)} is older than compute capability 8.0"
+        if x.dtype == torch.float64:
+            return "the kernels take bfloat16, float16 and float32, not float64"
+    for name, width in widths.items():
+        if width % 64:
+            return f"{name} = {width} is not a multiple of 64"
+    if head_dim is not None and head_dim not in HEAD_DIMS:
+        return f"the head width {head_dim} is none of {HEAD_DIMS}"
+    return None
+
+
+def resolve(impl: str, x: Tensor, widths: Mapping[str, int], head_dim: int | None = None) -> str:
+    """Return the name of the implementation that runs for ``impl``.
+
+    ``"auto"`` picks Triton kernels for tensors on a GPU that they can take, else tuned PyTorch calls.
+
+    Args:
+        impl: ``"auto"`` or the name of an implementation.
+        x: the features.
+        widths: widths that kernels want as multiples of 64, by name.
+        head_dim: width of an attention head, where there is one.
 
     Raises:
-        InputError: the name is unknown.
+        InputError: the name is unknown, or it cannot run; says why.
     """
+    if impl in ("torch", "reference"):
+        return impl
+    if impl not in ("auto", *NAMES):
+        raise expected("impl", f"'auto' or one of {list(NAMES)}", repr(impl))
+    if impl == "auto" and not x.is_cuda:
+        return "torch"
+    obstacle = _triton_obstacle_for(x, widths, head_dim)
+    if obstacle is None:
+        return "triton"
     if impl == "auto":
         return "torch"
-    if impl not in ("torch", "reference"):
-        raise expected("impl", "'auto' or one of ['torch', 'reference']", repr(impl))
-    return impl
+    raise expected("impl", "an implementation that can run here", f"'triton': {obstacle}", "'auto' picks one.")
 
 
 class Kernels(NamedTuple):
@@ -58,6 +130,17 @@ class Kernels(NamedTuple):
 
     forward: Callable[..., Tensor]
     backward: Callable[..., list[Tensor]]
+
+
+def lazy_kernels(name: str) -> Kernels:
+    """Kernels of :mod:`vitup_fast.kernels`, imported when they first run."""
+
+    def module() -> ModuleType:
+        return importlib.import_module(f"vitup_fast.kernels.{name}")
+
+    return Kernels(
+        lambda *arguments: module().forward(*arguments), lambda *arguments: module().backward(*arguments)
+    )
 
 
 class Operator:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import LAYER_NORM_EPS
 from . import checks
 from .coordinates import nearest_token, position_code, position_dtype
-from .dispatch import Kernels, Operator, autocast, resolve, run_reference
+from .dispatch import Kernels, Operator, autocast, lazy_kernels, resolve, run_reference
 from .primitives import (
     MLPWeights,
     layer_norm,
@@ -241,7 +241,7 @@ _operator = Operator(
     "Tensor out_norm_weight, Tensor out_norm_bias, Tensor? table, Tensor? freqs, Tensor? row, Tensor? token",
     differentiable=16,
     output_shape=lambda x, *_: x.shape,
-    kernels={"torch": Kernels(_forward, _backward)},
+    kernels={"torch": Kernels(_forward, _backward), "triton": lazy_kernels("film_mlp")},
 )
 
 
@@ -267,14 +267,14 @@ def film_mlp(
         weights: MLP and output LayerNorm, in the dtype of ``x``.
         table: for queries on a regular grid, the same for every image; then ``coords`` and ``position`` are not
             read, and gradients for them flow through ``table.gamma_beta``. Not used by ``"reference"``.
-        impl: ``"auto"``, ``"torch"`` or ``"reference"``.
+        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         New query states in the dtype of ``x``; differentiable for ``x``, ``coords``, ``tokens``, every weight and
         the table.
 
     Raises:
-        InputError: wrong shape, dtype or device.
+        InputError: wrong shape, dtype or device, or an ``impl`` that cannot run.
     """
     checks.check_features("x", x, "(B, N, D)")
     checks.check_coords(coords, *x.shape[:2])
@@ -294,7 +294,7 @@ def film_mlp(
     check_mlp("weights.mlp", mlp_weights, x)
     for field, weight in zip(FilmWeights._fields[1:], out_norm, strict=True):
         checks.check_weight(f"weights.{field}", weight, (D,), x)
-    impl = resolve(impl)
+    impl = resolve(impl, x, {"the width D": D, "the hidden width": mlp_weights.weight1.shape[0]})
     if impl == "reference":
         weights = FilmWeights(mlp_weights, *out_norm)
         return run_reference(film_mlp_reference, x, coords, tokens, freqs, position, weights)

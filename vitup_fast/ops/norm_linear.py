@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config import LAYER_NORM_EPS
 from . import checks
-from .dispatch import Kernels, Operator, autocast, resolve, run_reference
+from .dispatch import Kernels, Operator, autocast, lazy_kernels, resolve, run_reference
 from .primitives import layer_norm, layer_norm_backward, linear, linear_backward
 
 
@@ -57,7 +57,7 @@ _operator = Operator(
     "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias",
     differentiable=5,
     output_shape=lambda x, norm_weight, norm_bias, weight, bias: (*x.shape[:-1], weight.shape[0]),
-    kernels={"torch": Kernels(_forward, _backward)},
+    kernels={"torch": Kernels(_forward, _backward), "triton": lazy_kernels("norm_linear")},
 )
 
 
@@ -78,13 +78,13 @@ def norm_linear(
         norm_bias: LayerNorm's shift.
         weight: matrix of the linear layer.
         bias: bias of the linear layer.
-        impl: ``"auto"``, ``"torch"`` or ``"reference"``.
+        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         Projected features in the dtype of ``x``; differentiable for every argument.
 
     Raises:
-        InputError: wrong shape, dtype or device.
+        InputError: wrong shape, dtype or device, or an ``impl`` that cannot run.
     """
     checks.check_features("x", x, "(B, N, D)")
     x, norm_weight, norm_bias, weight, bias = autocast(x, norm_weight, norm_bias, weight, bias)
@@ -93,7 +93,7 @@ def norm_linear(
     checks.check_weight("norm_bias", norm_bias, (dim,), x)
     checks.check_weight("weight", weight, (width, dim), x)
     checks.check_weight("bias", bias, (width,), x)
-    impl = resolve(impl)
+    impl = resolve(impl, x, {"the width D": dim})
     if impl == "reference":
         return run_reference(norm_linear_reference, x, norm_weight, norm_bias, weight, bias)
     return _operator(x, norm_weight, norm_bias, weight, bias, impl=impl)

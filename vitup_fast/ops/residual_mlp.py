@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config import LAYER_NORM_EPS
 from . import checks
-from .dispatch import Kernels, Operator, autocast, resolve, run_reference
+from .dispatch import Kernels, Operator, autocast, lazy_kernels, resolve, run_reference
 from .primitives import MLPWeights, mlp, mlp_backward
 
 
@@ -35,7 +35,7 @@ _operator = Operator(
     "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2",
     differentiable=7,
     output_shape=lambda x, *_: x.shape,
-    kernels={"torch": Kernels(_forward, _backward)},
+    kernels={"torch": Kernels(_forward, _backward), "triton": lazy_kernels("residual_mlp")},
 )
 
 
@@ -58,19 +58,19 @@ def residual_mlp(
     Args:
         x: query states, any floating dtype.
         weights: parameters of the MLP, widths D -> E -> D, in the dtype of ``x``.
-        impl: ``"auto"``, ``"torch"`` or ``"reference"``.
+        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         New query states in the dtype of ``x``; differentiable for ``x`` and every weight.
 
     Raises:
-        InputError: wrong shape, dtype or device.
+        InputError: wrong shape, dtype or device, or an ``impl`` that cannot run.
     """
     checks.check_features("x", x, "(B, N, D)")
     x, *cast = autocast(x, *weights)
     weights = MLPWeights(*cast)
     check_mlp("weights", weights, x)
-    impl = resolve(impl)
+    impl = resolve(impl, x, {"the width D": x.shape[-1], "the hidden width": weights.weight1.shape[0]})
     if impl == "reference":
         return run_reference(residual_mlp_reference, x, weights)
     return _operator(x, *weights, impl=impl)

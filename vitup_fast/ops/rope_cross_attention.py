@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import LAYER_NORM_EPS
 from . import checks
 from .coordinates import position_dtype, rope_angles, rotate_pairs, token_positions
-from .dispatch import Kernels, Operator, autocast, resolve, run_reference
+from .dispatch import Kernels, Operator, autocast, lazy_kernels, resolve, run_reference
 from .norm_linear import norm_linear_backward
 from .primitives import layer_norm, linear, linear_backward
 
@@ -182,7 +182,7 @@ _operator = Operator(
     "SymInt token_h, SymInt token_w",
     differentiable=10,
     output_shape=lambda x, *_: x.shape,
-    kernels={"torch": Kernels(_forward, _backward)},
+    kernels={"torch": Kernels(_forward, _backward), "triton": lazy_kernels("rope_cross_attention")},
 )
 
 
@@ -207,14 +207,14 @@ def rope_cross_attention(
         weights: LayerNorm, query and output projections, in the dtype of ``x``.
         inv_freq: rotary frequencies of one axis (float32), see :func:`rope_inv_freq`.
         token_grid: rows and columns of the tokens, (h, w).
-        impl: ``"auto"``, ``"torch"`` or ``"reference"``.
+        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         New query states in the dtype of ``x``; differentiable for ``x``, ``coords``, ``key``, ``value`` and
         every weight.
 
     Raises:
-        InputError: wrong shape, dtype or device.
+        InputError: wrong shape, dtype or device, or an ``impl`` that cannot run.
     """
     checks.check_features("x", x, "(B, N, D)")
     checks.check_coords(coords, *x.shape[:2])
@@ -231,7 +231,7 @@ def rope_cross_attention(
         checks.check_weight(f"weights.{field}", weight, shape, x)
     if 4 * inv_freq.shape[0] != key.shape[-1]:
         raise checks.expected("inv_freq", f"{key.shape[-1] // 4} frequencies", tuple(inv_freq.shape))
-    impl = resolve(impl)
+    impl = resolve(impl, x, {"the width D": D}, key.shape[-1])
     if impl == "reference":
         return run_reference(
             rope_cross_attention_reference, x, coords, key, value, weights, inv_freq, token_grid
