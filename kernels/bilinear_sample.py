@@ -133,10 +133,9 @@ def bilinear_sample_grid_backward_kernel(
     column, row = i_cell % Q, i_cell // Q % P
     total = tl.zeros((BLOCK_D,), ACC)
     for neighbour in tl.static_range(4):
-        LEFT: tl.constexpr = neighbour % 2
-        ABOVE: tl.constexpr = neighbour // 2
-        exists = (column >= LEFT) & (row >= ABOVE)
-        cell = tl.where(exists, i_cell - LEFT - ABOVE * Q, i_cell)
+        # neighbour % 2 steps to the left, neighbour // 2 steps up
+        exists = (column >= neighbour % 2) & (row >= neighbour // 2)
+        cell = tl.where(exists, i_cell - neighbour % 2 - neighbour // 2 * Q, i_cell)
         first = tl.load(p_offsets + cell)
         last = tl.where(exists, tl.load(p_offsets + cell + 1), first)
         for start in tl.range(first, last, BLOCK_M):
@@ -145,7 +144,7 @@ def bilinear_sample_grid_backward_kernel(
             query = tl.load(p_order + o_member, mask=m_member, other=0)
             _, fx = corner_and_fraction(tl.load(p_coords + 2 * query, mask=m_member, other=0.0), Q, ACC)
             _, fy = corner_and_fraction(tl.load(p_coords + 2 * query + 1, mask=m_member, other=0.0), P, ACC)
-            share = (fx if LEFT else 1 - fx) * (fy if ABOVE else 1 - fy)
+            share = (fx if neighbour % 2 else 1 - fx) * (fy if neighbour // 2 else 1 - fy)
             mask = m_member[:, None] & m_column
             grad = tl.load(p_grad + query[:, None] * D + o_column[None, :], mask=mask, other=0.0).to(ACC)
             total += tl.sum(tl.where(m_member[:, None], grad * share[:, None], 0.0), 0)

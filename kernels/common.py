@@ -464,8 +464,8 @@ def layer_norm_backward(
     x: Tensor,  # [M, D]
     weight: Tensor | None = None,  # [D]
     residual: Tensor | None = None,  # [M, D]
-) -> tuple[Tensor, Tensor | None]:
-    """Gradient of LayerNorm for x plus a residual's, and with a weight the sums ``[2, D]`` for weight and bias."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradient of LayerNorm for x plus a residual's; with a weight also those of weight and bias, summed wide."""
     M, D = x.shape
     blocks = row_blocks(x, D)
     programs = triton.cdiv(M, blocks["BLOCK_M"])
@@ -487,7 +487,9 @@ def layer_norm_backward(
         role="rows",
         **blocks,
     )
-    return grad_x, None if partial is None else partial.sum(0)
+    if partial is None:
+        return grad_x, None, None
+    return grad_x, partial[:, 0].sum(0), partial[:, 1].sum(0)
 
 
 def segments(index: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -335,7 +335,7 @@ def _source(
     if table is not None:
         return FilmSource(table.contiguous(), None, row.contiguous(), token.contiguous()), None
     coords = coords.contiguous()
-    code, gamma_beta = position_gamma_beta(coords, freqs, tokens.shape[1:3], fold_position(*position))
+    code, gamma_beta = position_gamma_beta(coords, freqs.contiguous(), tokens.shape[1:3], fold_position(*position))
     return FilmSource(gamma_beta, coords, None, None), code
 
 
@@ -346,7 +346,8 @@ def forward(
     *weights_and_table: Tensor | None,
 ) -> Tensor:
     """Forward pass of :func:`vitup_fast.ops.film_mlp`."""
-    position, mlp, out_norm = weights_and_table[:4], weights_and_table[4:10], weights_and_table[10:12]
+    position, mlp = weights_and_table[:4], weights_and_table[4:10]
+    out_norm = tuple(t.contiguous() for t in weights_and_table[10:12])
     x, tokens = x.contiguous(), tokens.contiguous()
     source, _ = _source(coords, tokens, position, *weights_and_table[12:])
     return film_mlp(x, tokens, source, fold_mlp(*mlp), out_norm)[0].view_as(x)
@@ -373,7 +374,7 @@ def backward(
     hidden, _ = linear(modulated, layers.first, moments, gelu=True)
     local, _ = linear(hidden, layers.second)  # [M, D]
     del hidden
-    grad_local, grads_out_norm = layer_norm_backward(grad_rows, local, weight=out_norm[0])
+    grad_local, *grads_out_norm = layer_norm_backward(grad_rows, local, weight=out_norm[0].contiguous())
     del local
     grad_modulated, *grads_mlp = normed_mlp_backward(grad_local, modulated, tuple(mlp), needs_film)
 
@@ -452,7 +453,7 @@ def _position_backward(
             (triton.cdiv(M, blocks["BLOCK_M"]),),
             grads.x,
             coords,
-            freqs,
+            freqs.contiguous(),
             grad_coords,
             M,
             *token_grid,

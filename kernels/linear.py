@@ -94,8 +94,8 @@ def linear_kernel(
     p_out,  # [M, N]
     p_out_moments,  # [M, N / (TILES * BLOCK_N), 2]
     M,
+    K,
     N: tl.constexpr,
-    K: tl.constexpr,
     PARTS: tl.constexpr,
     GELU: tl.constexpr,
     OUT_NORM: tl.constexpr,
@@ -112,6 +112,7 @@ def linear_kernel(
 
     ``PARTS`` > 0 folds in the LayerNorm before the product; ``OUT_NORM`` applies one to complete rows after it.
     """
+    tl.assume(K >= BLOCK_K)
     EVEN_N: tl.constexpr = N % (BLOCK_N * TILES) == 0
     columns: tl.constexpr = (N + BLOCK_N * TILES - 1) // (BLOCK_N * TILES)
     i_program = tl.program_id(0)
@@ -123,9 +124,17 @@ def linear_kernel(
     p_xs = p_x + o_row.to(tl.int64)[:, None] * K + o_k[None, :]
     p_weights = p_weight + o_column.to(tl.int64)[:, None] * K + o_k[None, :]
 
+    # A residual that only adds is where the sums start: in the epilogue its tile would not fit the registers.
+    RESIDUAL_FIRST: tl.constexpr = RESIDUAL and PARTS == 0 and GELU == GELU_NONE and not OUT_NORM
     products = ()
-    for _ in tl.static_range(TILES):
-        products = products + (tl.zeros((BLOCK_M, BLOCK_N), ACC),)
+    for tile in tl.static_range(TILES):
+        if RESIDUAL_FIRST:
+            o_tile = o_column + tile * BLOCK_N
+            o_out = o_row.to(tl.int64)[:, None] * N + o_tile[None, :]
+            mask = m_row[:, None] & (o_tile < N)[None, :]
+            products = products + (tl.load(p_residual + o_out, mask=mask, other=0.0).to(ACC),)
+        else:
+            products = products + (tl.zeros((BLOCK_M, BLOCK_N), ACC),)
     for k in tl.range(0, K, BLOCK_K):
         b_x = tl.load(p_xs + k, mask=m_row[:, None], other=0.0)
         updated = ()
@@ -156,30 +165,36 @@ def linear_kernel(
         results = results + (y,)
 
     if OUT_NORM:
-        row_mean, row_rstd = tile_moments(results, N, TILES, ACC)
-        row_rstd = tl.rsqrt(row_rstd / N + EPS)
-    rounded = ()
+        row_mean, row_squares = tile_moments(results, N, TILES, ACC)
+        row_rstd = tl.rsqrt(row_squares / N + EPS)
     for tile in tl.static_range(TILES):
         o_tile = o_column + tile * BLOCK_N
         m_tile = o_tile < N
         y = results[tile]
+        o_out = o_row.to(tl.int64)[:, None] * N + o_tile[None, :]
+        mask = m_row[:, None] & m_tile[None, :]
         if OUT_NORM:
             norm_weight = tl.load(p_norm_weight + o_tile).to(ACC)[None, :]
             norm_bias = tl.load(p_norm_bias + o_tile).to(ACC)[None, :]
             y = (y - row_mean[:, None]) * row_rstd[:, None] * norm_weight + norm_bias
-        o_out = o_row.to(tl.int64)[:, None] * N + o_tile[None, :]
-        mask = m_row[:, None] & m_tile[None, :]
-        if RESIDUAL:
+        if RESIDUAL and not RESIDUAL_FIRST:
             y += tl.load(p_residual + o_out, mask=mask, other=0.0).to(ACC)
-        y = y.to(p_out.dtype.element_ty)
-        tl.store(p_out + o_out, y, mask=mask)
+        tl.store(p_out + o_out, y.to(p_out.dtype.element_ty), mask=mask)
         if OUT_MOMENTS:
-            rounded = rounded + (y.to(ACC),)
+            # Of the sums before rounding, which moves moments by less than their own error.
+            tile_mean = tl.sum(y, 1) * (1.0 / BLOCK_N)
+            deviation = y - tile_mean[:, None]
+            tile_squares = tl.sum(deviation * deviation, 1)
+            if tile == 0:
+                out_mean, out_squares = tile_mean, tile_squares
+            else:
+                difference = tile_mean - out_mean
+                out_mean += difference * (1.0 / (tile + 1))
+                out_squares += tile_squares + difference * difference * (BLOCK_N * (tile / (tile + 1)))
     if OUT_MOMENTS:
-        mean, squares = tile_moments(rounded, BLOCK_N * TILES, TILES, ACC)
         o_moments = (o_row.to(tl.int64) * columns + i_column) * 2
-        tl.store(p_out_moments + o_moments, mean, mask=m_row)
-        tl.store(p_out_moments + o_moments + 1, squares, mask=m_row)
+        tl.store(p_out_moments + o_moments, out_mean, mask=m_row)
+        tl.store(p_out_moments + o_moments + 1, out_squares, mask=m_row)
 
 
 @triton.jit
@@ -397,8 +412,8 @@ def linear(
         y,
         layer.bias if new_moments is None else new_moments,
         M,
+        K,
         N=N,
-        K=K,
         PARTS=0 if moments is None else moments.shape[1],
         GELU=gelu_kind(x.dtype) if gelu else GELU_NONE,
         OUT_NORM=out_norm is not None and complete,

@@ -41,7 +41,7 @@ def normed_linear_backward(
     layer = fold(weight, bias, norm_weight, norm_bias, scale)
     grad_x = None
     if needs_x:
-        grad_x, _ = layer_norm_backward(matmul(grad, layer.weight), x, residual=residual)
+        grad_x, *_ = layer_norm_backward(matmul(grad, layer.weight), x, residual=residual)
     grad_folded = weight_gradient(grad, normalize(x))
     return grad_x, *fold_backward(grad_folded, column_sum(grad), weight, norm_weight, norm_bias, scale)
 

@@ -130,8 +130,8 @@ def rope_cross_attention_kernel(
     total = tl.zeros((BLOCK_M,), ACC)
     tail = T % BLOCK_N
     if TAIL > 0:
-        o_key = tl.arange(0, TAIL)
-        attended, largest, total = attend_block(query, p_key + o_keys, p_value + o_keys, o_key, o_key < tail, attended, largest, total, True, HEAD, PRECISION)  # fmt: skip
+        o_tail = tl.arange(0, TAIL)
+        attended, largest, total = attend_block(query, p_key + o_keys, p_value + o_keys, o_tail, o_tail < tail, attended, largest, total, True, HEAD, PRECISION)  # fmt: skip
     for start in tl.range(tail, T, BLOCK_N):
         o_key = start + tl.arange(0, BLOCK_N)
         attended, largest, total = attend_block(query, p_key + o_keys, p_value + o_keys, o_key, o_key < T, attended, largest, total, False, HEAD, PRECISION)  # fmt: skip
@@ -202,8 +202,8 @@ def rope_cross_attention_query_backward_kernel(
     grad_query = tl.zeros((BLOCK_M, HEAD), ACC)
     tail = T % BLOCK_N
     if TAIL > 0:
-        o_key = tl.arange(0, TAIL)
-        grad_query = query_gradient_block(query, grad, log_sum, inner, p_key + o_keys, p_value + o_keys, o_key, o_key < tail, grad_query, True, HEAD, PRECISION)  # fmt: skip
+        o_tail = tl.arange(0, TAIL)
+        grad_query = query_gradient_block(query, grad, log_sum, inner, p_key + o_keys, p_value + o_keys, o_tail, o_tail < tail, grad_query, True, HEAD, PRECISION)  # fmt: skip
     for start in tl.range(tail, T, BLOCK_N):
         o_key = start + tl.arange(0, BLOCK_N)
         grad_query = query_gradient_block(query, grad, log_sum, inner, p_key + o_keys, p_value + o_keys, o_key, o_key < T, grad_query, False, HEAD, PRECISION)  # fmt: skip
@@ -373,7 +373,7 @@ def forward(
     token_w: int,
 ) -> Tensor:
     """Forward pass of :func:`vitup_fast.ops.rope_cross_attention`."""
-    x, coords, key, value = (t.contiguous() for t in (x, coords, key, value))
+    x, coords, key, value, inv_freq = (t.contiguous() for t in (x, coords, key, value, inv_freq))
     rows = x.view(-1, x.shape[-1])  # [M, D]
     layer = fold_query(norm_weight, norm_bias, query_weight, query_bias, key.shape[-1])
     attended = attend(
@@ -400,7 +400,7 @@ def backward(
     needs_grad: list[bool],
 ) -> list[Tensor]:
     """Gradients of the differentiable arguments, as far as they are needed; queries and softmax are recomputed."""
-    x, coords, key, value = (t.contiguous() for t in (x, coords, key, value))
+    x, coords, key, value, inv_freq = (t.contiguous() for t in (x, coords, key, value, inv_freq))
     (B, N, D), (_, heads, T, d) = x.shape, key.shape
     rows, grad_rows = x.view(-1, D), grad.view(-1, D)
     projection = (norm_weight, norm_bias, query_weight, query_bias)
@@ -472,7 +472,7 @@ def backward(
             HEAD=d,
             **blocks,
         )
-        grad_key, grad_value = partial.sum(1).to(x.dtype)
+        grad_key, grad_value = (part.sum(0).to(x.dtype) for part in partial)
 
     grad_x, *grads_projection = normed_linear_backward(
         grad_query.view(-1, D), rows, *projection, needs_grad[0], residual=grad_rows, scale=query_scale(d)

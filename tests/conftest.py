@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+# Read when Triton is first imported: without a GPU its interpreter runs the kernels on the CPU.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from vitup_fast.config import ViTUpConfig
 from vitup_fast.testing import OPERATIONS, random_coords, random_image, random_network
@@ -9,7 +15,15 @@ from vitup_fast.testing import OPERATIONS, random_coords, random_image, random_n
 # The tests are many and small: threads would mostly wait for each other.
 torch.set_num_threads(1)
 
+from vitup_fast.ops.dispatch import interpreted
+
+if interpreted():
+    from triton_interpreter import mend_bfloat16
+
+    mend_bfloat16()
+
 IMPLS = ("torch", "reference")
+FAST_IMPLS = ("torch", "triton")
 
 
 @pytest.fixture
@@ -24,6 +38,12 @@ def operation(request):
 
 @pytest.fixture(params=IMPLS)
 def impl(request):
+    return request.param
+
+
+@pytest.fixture(params=FAST_IMPLS)
+def fast(request):
+    """Name of an implementation other than the definition."""
     return request.param
 
 
