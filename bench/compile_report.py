@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,10 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from vitup_fast.bench.harness import exit_code, write_json
-
-from vitup_fast.errors import expected
 from vitup_fast.kernels import bilinear_sample, common, film_mlp, linear, norm_linear, residual_mlp
 from vitup_fast.kernels import rope_cross_attention as attention
+
+from vitup_fast.errors import expected
 
 REPORT = Path(__file__).parent / "compile_report.json"
 
@@ -103,7 +103,9 @@ def network_launches(dim: int, dtype: torch.dtype, target: int) -> list[common.L
         linear.linear(rows, linear.fold(*square), residual=rows, want_moments=True)
         for source in (film_mlp._source(None, tokens, position, *gridded)[0],
                        film_mlp._source(coords, tokens, position, *scattered)[0]):  # fmt: skip
-            film_mlp.film_mlp(x, tokens, source, residual_mlp.fold_mlp(*mlp_weights(4)), norm, want_moments=True)
+            film_mlp.film_mlp(
+                x, tokens, source, residual_mlp.fold_mlp(*mlp_weights(4)), norm, want_moments=True
+            )
         decoder = linear.fold(*square, *norm)
         linear.linear(rows, decoder, moments)
         head = linear.fold(empty(150, dim), empty(150), *norm)
@@ -119,7 +121,9 @@ def network_launches(dim: int, dtype: torch.dtype, target: int) -> list[common.L
         film_mlp.forward(x, coords, tokens, *position, *film, *scattered)
         film_mlp.backward(x, x, coords, tokens, *position, *film, *scattered, [True] * 15 + [False])
         none = (None,) * 4
-        film_mlp.backward(x, x, None, tokens, *none, *film, *gridded, [True, False, True] + [False] * 4 + [True] * 9)
+        film_mlp.backward(
+            x, x, None, tokens, *none, *film, *gridded, [True, False, True] + [False] * 4 + [True] * 9
+        )
         norm_linear.forward(x, *norm, *square)
         norm_linear.backward(x, x, *norm, *square, [True] * 5)
     return launches
@@ -234,7 +238,7 @@ def ptxas_messages(ptx: str, sm: int, options: dict[str, int]) -> str:
 def compile_unit(unit: Unit) -> dict[str, Any]:
     """Compile one unit and describe the result; ``faults`` names what must not be."""
     kernel = kernel_named(unit.kernel)
-    signature = {n: "constexpr" for n in kernel.arg_names} | dict(unit.signature)
+    signature = dict.fromkeys(kernel.arg_names, "constexpr") | dict(unit.signature)
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
@@ -255,7 +259,9 @@ def compile_unit(unit: Unit) -> dict[str, Any]:
     code = instructions(compiled.asm["cubin"])
     limits, threads = ARCHITECTURES[unit.sm], 32 * compiled.metadata.num_warps
     registers = int(re.search(r"Used (\d+) registers", messages)[1])
-    spills = [int(n) for n in re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", messages).groups()]
+    spills = [
+        int(n) for n in re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", messages).groups()
+    ]
     inside = [(first, last) for first, last in loops(code)]
     local = sum(
         bool(re.search(r"\b(LDL|STL)\b", text)) and any(a <= address <= b for a, b in inside)
@@ -296,7 +302,7 @@ def compile_unit(unit: Unit) -> dict[str, Any]:
 
 
 def units(selected: Callable[[str, int], bool] = lambda dtype, sm: True) -> list[Unit]:
-    """Every compilation that the shipped settings of this Triton version need, for selected dtypes and architectures."""
+    """Every compilation that the shipped settings need with this Triton, for selected dtypes and architectures."""
     found: dict[str, Unit] = {}
     for dtype, architectures in DTYPES.items():
         for sm in architectures:
@@ -354,7 +360,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--write", action="store_true", help="compile what is new or changed and write the report")
-    add("--recompile", action="store_true", help="compile everything selected anew and compare it with the report")
+    add(
+        "--recompile",
+        action="store_true",
+        help="compile everything selected anew and compare it with the report",
+    )
     add("--sm", nargs="+", type=int, choices=tuple(ARCHITECTURES), default=list(ARCHITECTURES))
     add("--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
     add("--kernel", help="only kernels whose name contains this")
@@ -392,7 +402,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if entry is not None and entry["faults"]:
             failed = True
             print(f"FAULT: {unit.name}: {', '.join(entry['faults'])}")
-    print(f"Triton {version}: {len(chosen)} compilations, {len(wanted)} looked at, {'FAILED' if failed else 'ok'}")
+    print(
+        f"Triton {version}: {len(chosen)} compilations, {len(wanted)} looked at, {'FAILED' if failed else 'ok'}"
+    )
     return int(failed)
 
 

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -265,7 +265,9 @@ def segment_sum_kernel(
         m_member = o_member < last
         row = tl.load(p_order + o_member, mask=m_member, other=0)
         mask = m_member[:, None] & m_column
-        total += tl.sum(tl.load(p_values + row[:, None] * D + o_column[None, :], mask=mask, other=0.0).to(ACC), 0)
+        total += tl.sum(
+            tl.load(p_values + row[:, None] * D + o_column[None, :], mask=mask, other=0.0).to(ACC), 0
+        )
     tl.store(p_out + i_segment * D + o_column, total.to(p_out.dtype.element_ty), mask=o_column < D)
 
 
@@ -365,7 +367,7 @@ def target_of(x: Tensor) -> tuple[str, int]:
     return _device(x.device.index) if x.is_cuda else ("interpreter", 80)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _setting(role: str, kind: str, width: int, device_name: str, capability: int) -> dict[str, Any]:
     for table in _tables(device_name, capability):
         by_width = table.get(kind, {}).get(role)
@@ -415,6 +417,11 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The torch dtype of :func:`accumulator`."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def centers(dtype: torch.dtype) -> bool:
+    """Whether rows are normalised before their product, not after it."""
+    return dtype.itemsize > 2
 
 
 def gelu_kind(dtype: torch.dtype) -> tl.constexpr:
@@ -470,7 +477,9 @@ def layer_norm_backward(
     blocks = row_blocks(x, D)
     programs = triton.cdiv(M, blocks["BLOCK_M"])
     grad_x = torch.empty_like(x)
-    partial = torch.empty(programs, 2, D, dtype=wide(x.dtype), device=x.device) if weight is not None else None
+    partial = (
+        torch.empty(programs, 2, D, dtype=wide(x.dtype), device=x.device) if weight is not None else None
+    )
     launch(
         layer_norm_backward_kernel,
         (programs,),

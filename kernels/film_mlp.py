@@ -248,6 +248,7 @@ class FilmBuffers(NamedTuple):
     modulated: Tensor | None = None  # [M, D]
     modulated_moments: Tensor | None = None  # [M, 1, 2]
     hidden: Tensor | None = None  # [M, E]
+    local: Tensor | None = None  # [M, D]
     out: Tensor | None = None  # [M, D]
     out_moments: Tensor | None = None  # [M, parts, 2]
 
@@ -318,6 +319,7 @@ def film_mlp(
         residual=x.view(modulated.shape),
         out=buffers.out,
         out_moments=buffers.out_moments,
+        scratch=buffers.local,
         want_moments=want_moments,
     )
 
@@ -335,7 +337,9 @@ def _source(
     if table is not None:
         return FilmSource(table.contiguous(), None, row.contiguous(), token.contiguous()), None
     coords = coords.contiguous()
-    code, gamma_beta = position_gamma_beta(coords, freqs.contiguous(), tokens.shape[1:3], fold_position(*position))
+    code, gamma_beta = position_gamma_beta(
+        coords, freqs.contiguous(), tokens.shape[1:3], fold_position(*position)
+    )
     return FilmSource(gamma_beta, coords, None, None), code
 
 
@@ -358,7 +362,7 @@ def backward(
     x: Tensor,
     coords: Tensor | None,
     tokens: Tensor,
-    *rest: Tensor | None | list[bool],
+    *rest: Tensor | list[bool] | None,
 ) -> list[Tensor]:
     """Gradients of the differentiable arguments, as far as they are needed; everything is recomputed."""
     *rest, needs_grad = rest

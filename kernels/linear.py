@@ -1,8 +1,9 @@
 """Matrix products with everything around them in prologue and epilogue, forward and backward.
 
-LayerNorm folds into the product that follows it: ``W LN(x) + b = rstd (W' x - mean s) + b'`` with ``W' = W g`` rounded,
-``s`` its row sums and ``b' = b + W beta``. The product reads x as it is; mean and rstd come from the row moments that the
-producer of x wrote in its epilogue.
+LayerNorm folds into the product that follows it: ``W LN(x) + b = rstd (W' x - mean s) + b'`` with ``W' = W g``
+rounded, ``s`` its row sums and ``b' = b + W beta``. The product reads x as it is; mean and rstd come from the row
+moments that the producer of x wrote in its epilogue. The difference of two large numbers loses digits where the mean
+dwarfs the deviation: fewer than 16 bit numbers have lost, but in float32 rows are normalised before the product.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .common import (
     GELU_NONE,
     accumulator,
     add_layer_norm_kernel,
+    centers,
     combined_moments,
     dividing_block,
     dot_precision,
@@ -97,9 +99,11 @@ def linear_kernel(
     K,
     N: tl.constexpr,
     PARTS: tl.constexpr,
+    CENTER: tl.constexpr,
     GELU: tl.constexpr,
     OUT_NORM: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    RESIDUAL_FIRST: tl.constexpr,
     OUT_MOMENTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -110,7 +114,8 @@ def linear_kernel(
 ):
     """``residual + LN'(gelu(W LN(x) + b))``, each part optional, over ``TILES`` accumulators side by side.
 
-    ``PARTS`` > 0 folds in the LayerNorm before the product; ``OUT_NORM`` applies one to complete rows after it.
+    ``PARTS`` > 0 folds in the LayerNorm before the product, with ``CENTER`` applies it; ``OUT_NORM`` applies one to
+    complete rows after it. ``RESIDUAL_FIRST`` starts the sums with the residual instead of adding it last.
     """
     tl.assume(K >= BLOCK_K)
     EVEN_N: tl.constexpr = N % (BLOCK_N * TILES) == 0
@@ -124,8 +129,8 @@ def linear_kernel(
     p_xs = p_x + o_row.to(tl.int64)[:, None] * K + o_k[None, :]
     p_weights = p_weight + o_column.to(tl.int64)[:, None] * K + o_k[None, :]
 
-    # A residual that only adds is where the sums start: in the epilogue its tile would not fit the registers.
-    RESIDUAL_FIRST: tl.constexpr = RESIDUAL and PARTS == 0 and GELU == GELU_NONE and not OUT_NORM
+    if PARTS > 0:
+        mean, rstd = combined_moments(p_moments, o_row, m_row, K, PARTS)
     products = ()
     for tile in tl.static_range(TILES):
         if RESIDUAL_FIRST:
@@ -137,6 +142,8 @@ def linear_kernel(
             products = products + (tl.zeros((BLOCK_M, BLOCK_N), ACC),)
     for k in tl.range(0, K, BLOCK_K):
         b_x = tl.load(p_xs + k, mask=m_row[:, None], other=0.0)
+        if CENTER:
+            b_x = (b_x - mean[:, None]) * rstd[:, None]
         updated = ()
         for tile in tl.static_range(TILES):
             p_tile = p_weights + tile * (BLOCK_N * K) + k
@@ -147,15 +154,14 @@ def linear_kernel(
             updated = updated + (tl.dot(b_x, b_weight.T, products[tile], input_precision=PRECISION),)
         products = updated
 
-    if PARTS > 0:
-        mean, rstd = combined_moments(p_moments, o_row, m_row, K, PARTS)
+    if PARTS > 0 and not CENTER:
         shift = mean * rstd
     results = ()
     for tile in tl.static_range(TILES):
         o_tile = o_column + tile * BLOCK_N
         m_tile = o_tile < N
         bias = tl.load(p_bias + o_tile, mask=m_tile, other=0.0)[None, :]
-        if PARTS > 0:
+        if PARTS > 0 and not CENTER:
             row_sum = tl.load(p_row_sum + o_tile, mask=m_tile, other=0.0)[None, :]
             y = products[tile] * rstd[:, None] + (bias - shift[:, None] * row_sum)
         else:
@@ -223,6 +229,7 @@ def linear_argmax_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     PARTS: tl.constexpr,
+    CENTER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -245,11 +252,16 @@ def linear_argmax_kernel(
         product = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         for k in tl.range(0, K, BLOCK_K):
             b_x = tl.load(p_xs + k, mask=m_row[:, None], other=0.0)
+            if CENTER:
+                b_x = (b_x - mean[:, None]) * rstd[:, None]
             b_weight = tl.load(p_weights + k, mask=m_column[:, None], other=0.0)
             product = tl.dot(b_x, b_weight.T, product, input_precision=PRECISION)
         bias = tl.load(p_bias + o_column, mask=m_column, other=0.0)[None, :]
-        row_sum = tl.load(p_row_sum + o_column, mask=m_column, other=0.0)[None, :]
-        scores = product * rstd[:, None] + (bias - shift[:, None] * row_sum)
+        if CENTER:
+            scores = product + bias
+        else:
+            row_sum = tl.load(p_row_sum + o_column, mask=m_column, other=0.0)[None, :]
+            scores = product * rstd[:, None] + (bias - shift[:, None] * row_sum)
         scores = tl.where(m_column[None, :], scores, float("-inf"))
         largest = tl.max(scores, 1)
         first = tl.min(tl.where(scores == largest[:, None], o_column[None, :], N - 1), 1)
@@ -330,8 +342,9 @@ def weight_gradient_kernel(
     first = i_split.to(tl.int64) * rows_per_split
     last = tl.minimum(first + rows_per_split, M)
     total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for start in tl.range(first, last, BLOCK_K):
-        o_row = start + tl.arange(0, BLOCK_K)
+    tl.assume(rows_per_split >= BLOCK_K)
+    for start in tl.range(0, rows_per_split, BLOCK_K):
+        o_row = first + start + tl.arange(0, BLOCK_K)
         m_row = (o_row < last)[:, None]
         b_left = tl.load(p_left + o_row[:, None] * P + o_p[None, :], mask=m_row & m_p[None, :], other=0.0)
         b_right = tl.load(p_right + o_row[:, None] * Q + o_q[None, :], mask=m_row & m_q[None, :], other=0.0)
@@ -362,6 +375,7 @@ def linear(
     want_moments: bool = False,
     out: Tensor | None = None,
     out_moments: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute ``residual + LN'(gelu(W LN(x) + b))`` and the row moments of the result.
 
@@ -374,8 +388,9 @@ def linear(
         residual: added last.
         out_dtype: dtype of the result; that of ``x`` by default.
         want_moments: also return the row moments of the result; N a multiple of 64.
-        out: buffer of at least M N numbers for the result.
+        out: buffer of at least M N numbers for the result; may be the residual.
         out_moments: buffer for the moments.
+        scratch: buffer of at least M N numbers for rows that LN' takes in a pass of its own.
 
     Returns:
         Rows ``[M, N]`` and their moments ``[M, parts, 2]``.
@@ -388,16 +403,18 @@ def linear(
         block_n = dividing_block(N, block_n)
         tiles = max(t for t in range(1, tiles + 1) if N % (t * block_n) == 0)
     blocks |= {"BLOCK_N": block_n, "TILES": tiles, "BLOCK_K": dividing_block(K, blocks["BLOCK_K"])}
-    complete = N == block_n * tiles
+    complete = block_n * tiles == N
     columns = triton.cdiv(N, block_n * tiles)
     out_dtype = x.dtype if out_dtype is None else out_dtype
     norm_apart = out_norm is not None and not complete
     acc = wide(x.dtype)
-    y = torch.empty(M, N, dtype=acc, device=x.device) if norm_apart else _empty(out, (M, N), out_dtype, x)
+    y = _empty(scratch, (M, N), x.dtype, x) if norm_apart else _empty(out, (M, N), out_dtype, x)
     new_moments = None
     if want_moments:
         new_moments = _empty(out_moments, (M, 1 if norm_apart else columns, 2), acc, x)
     norm_weight, norm_bias = (layer.bias, layer.bias) if out_norm is None else out_norm
+    # In the epilogue wide tiles of the residual would not fit the registers; but it must not cost float32 digits.
+    only_adds = residual is not None and moments is None and not gelu and out_norm is None
     launch(
         linear_kernel,
         (triton.cdiv(M, blocks["BLOCK_M"]) * columns,),
@@ -415,9 +432,11 @@ def linear(
         K,
         N=N,
         PARTS=0 if moments is None else moments.shape[1],
+        CENTER=moments is not None and centers(x.dtype),
         GELU=gelu_kind(x.dtype) if gelu else GELU_NONE,
         OUT_NORM=out_norm is not None and complete,
         RESIDUAL=residual is not None and not norm_apart,
+        RESIDUAL_FIRST=only_adds and x.dtype.itemsize == 2,
         OUT_MOMENTS=want_moments and not norm_apart,
         ACC=accumulator(x.dtype),
         PRECISION=dot_precision(x.dtype),
@@ -469,6 +488,7 @@ def linear_argmax(
         N=N,
         K=K,
         PARTS=moments.shape[1],
+        CENTER=centers(x.dtype),
         ACC=accumulator(x.dtype),
         PRECISION=dot_precision(x.dtype),
         role="linear_argmax",

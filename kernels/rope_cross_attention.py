@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .common import (
     accumulator,
+    centers,
     combined_moments,
     dividing_block,
     dot_precision,
@@ -55,7 +56,19 @@ def rotation(p_coords, p_inv_freq, o_row, m_row, token_h, token_w, HEAD: tl.cons
 
 
 @triton.jit
-def attend_block(query, p_key, p_value, o_key, m_key, attended, largest, total, MASKED: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def attend_block(
+    query,
+    p_key,
+    p_value,
+    o_key,
+    m_key,
+    attended,
+    largest,
+    total,
+    MASKED: tl.constexpr,
+    HEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Take one block of keys into a running softmax."""
     o_block = o_key.to(tl.int64)[:, None] * HEAD + tl.arange(0, HEAD)[None, :]
     if MASKED:
@@ -70,7 +83,9 @@ def attend_block(query, p_key, p_value, o_key, m_key, attended, largest, total, 
     probability = tl.exp2(scores - new_largest[:, None])
     decay = tl.exp2(largest - new_largest)
     total = total * decay + tl.sum(probability, 1)
-    attended = tl.dot(probability.to(value.dtype), value, attended * decay[:, None], input_precision=PRECISION)
+    attended = tl.dot(
+        probability.to(value.dtype), value, attended * decay[:, None], input_precision=PRECISION
+    )
     return attended, new_largest, total
 
 
@@ -95,6 +110,7 @@ def rope_cross_attention_kernel(
     D: tl.constexpr,
     HEAD: tl.constexpr,
     PARTS: tl.constexpr,
+    CENTER: tl.constexpr,
     TAIL: tl.constexpr,
     TRAIN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -113,14 +129,19 @@ def rope_cross_attention_kernel(
     o_k = tl.arange(0, BLOCK_K)
     p_xs = p_x + o_row[:, None] * D + o_k[None, :]
     p_weights = p_weight + (i_head * HEAD + o_head)[:, None] * D + o_k[None, :]
+    mean, rstd = combined_moments(p_moments, o_row, m_row, D, PARTS)
     query = tl.zeros((BLOCK_M, HEAD), ACC)
     for k in tl.range(0, D, BLOCK_K):
         b_x = tl.load(p_xs + k, mask=m_row[:, None], other=0.0)
+        if CENTER:
+            b_x = (b_x - mean[:, None]) * rstd[:, None]
         query = tl.dot(b_x, tl.load(p_weights + k).T, query, input_precision=PRECISION)
-    mean, rstd = combined_moments(p_moments, o_row, m_row, D, PARTS)
     bias = tl.load(p_bias + i_head * HEAD + o_head)[None, :]
-    row_sum = tl.load(p_row_sum + i_head * HEAD + o_head)[None, :]
-    query = query * rstd[:, None] + (bias - (mean * rstd)[:, None] * row_sum)
+    if CENTER:
+        query += bias
+    else:
+        row_sum = tl.load(p_row_sum + i_head * HEAD + o_head)[None, :]
+        query = query * rstd[:, None] + (bias - (mean * rstd)[:, None] * row_sum)
     cosine, sine = rotation(p_coords, p_inv_freq, o_row, m_row, token_h, token_w, HEAD, ACC)
     query = rotate(query, cosine, sine, BLOCK_M, HEAD).to(p_x.dtype.element_ty)
 
@@ -131,10 +152,34 @@ def rope_cross_attention_kernel(
     tail = T % BLOCK_N
     if TAIL > 0:
         o_tail = tl.arange(0, TAIL)
-        attended, largest, total = attend_block(query, p_key + o_keys, p_value + o_keys, o_tail, o_tail < tail, attended, largest, total, True, HEAD, PRECISION)  # fmt: skip
+        attended, largest, total = attend_block(
+            query,
+            p_key + o_keys,
+            p_value + o_keys,
+            o_tail,
+            o_tail < tail,
+            attended,
+            largest,
+            total,
+            True,
+            HEAD,
+            PRECISION,
+        )
     for start in tl.range(tail, T, BLOCK_N):
         o_key = start + tl.arange(0, BLOCK_N)
-        attended, largest, total = attend_block(query, p_key + o_keys, p_value + o_keys, o_key, o_key < T, attended, largest, total, False, HEAD, PRECISION)  # fmt: skip
+        attended, largest, total = attend_block(
+            query,
+            p_key + o_keys,
+            p_value + o_keys,
+            o_key,
+            o_key < T,
+            attended,
+            largest,
+            total,
+            False,
+            HEAD,
+            PRECISION,
+        )
 
     o_out = o_row[:, None] * D + (i_head * HEAD + o_head)[None, :]
     tl.store(p_out + o_out, (attended / total[:, None]).to(p_out.dtype.element_ty), mask=m_row[:, None])
@@ -144,7 +189,20 @@ def rope_cross_attention_kernel(
 
 
 @triton.jit
-def query_gradient_block(query, grad, log_sum, inner, p_key, p_value, o_key, m_key, grad_query, MASKED: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def query_gradient_block(
+    query,
+    grad,
+    log_sum,
+    inner,
+    p_key,
+    p_value,
+    o_key,
+    m_key,
+    grad_query,
+    MASKED: tl.constexpr,
+    HEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Add one block of keys to the gradient of the query."""
     o_block = o_key.to(tl.int64)[:, None] * HEAD + tl.arange(0, HEAD)[None, :]
     if MASKED:
@@ -203,10 +261,36 @@ def rope_cross_attention_query_backward_kernel(
     tail = T % BLOCK_N
     if TAIL > 0:
         o_tail = tl.arange(0, TAIL)
-        grad_query = query_gradient_block(query, grad, log_sum, inner, p_key + o_keys, p_value + o_keys, o_tail, o_tail < tail, grad_query, True, HEAD, PRECISION)  # fmt: skip
+        grad_query = query_gradient_block(
+            query,
+            grad,
+            log_sum,
+            inner,
+            p_key + o_keys,
+            p_value + o_keys,
+            o_tail,
+            o_tail < tail,
+            grad_query,
+            True,
+            HEAD,
+            PRECISION,
+        )
     for start in tl.range(tail, T, BLOCK_N):
         o_key = start + tl.arange(0, BLOCK_N)
-        grad_query = query_gradient_block(query, grad, log_sum, inner, p_key + o_keys, p_value + o_keys, o_key, o_key < T, grad_query, False, HEAD, PRECISION)  # fmt: skip
+        grad_query = query_gradient_block(
+            query,
+            grad,
+            log_sum,
+            inner,
+            p_key + o_keys,
+            p_value + o_keys,
+            o_key,
+            o_key < T,
+            grad_query,
+            False,
+            HEAD,
+            PRECISION,
+        )
     grad_query *= 0.6931471805599453  # scores are in base two
 
     # An angle turns a pair into its perpendicular.
@@ -350,6 +434,7 @@ def attend(
         D=D,
         HEAD=d,
         PARTS=moments.shape[1],
+        CENTER=centers(x.dtype),
         TAIL=_tail(T, blocks["BLOCK_N"]),
         TRAIN=train,
         **blocks,

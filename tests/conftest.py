@@ -10,12 +10,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from vitup_fast.config import ViTUpConfig
+from vitup_fast.ops.dispatch import interpreted
 from vitup_fast.testing import OPERATIONS, random_coords, random_image, random_network
 
 # The tests are many and small: threads would mostly wait for each other.
 torch.set_num_threads(1)
-
-from vitup_fast.ops.dispatch import interpreted
 
 if interpreted():
     from triton_interpreter import mend_bfloat16

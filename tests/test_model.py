@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from pathlib import Path
 from threading import Thread
@@ -8,6 +9,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
+from conftest import IMPLS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
@@ -66,7 +68,9 @@ def golden_image(golden, dtype):
     return to(([golden[f"hidden_states.{i}"] for i in range(4)], golden["patch_grid"]), dtype)
 
 
-@pytest.mark.parametrize("chunk", [1, 10, 37, 100])
+@pytest.mark.parametrize(
+    ("impl", "chunk"), [*itertools.product(IMPLS, (1, 10, 37, 100)), ("triton", 20), ("triton", 37)]
+)
 def test_golden_outputs(golden, impl, chunk):
     network = golden_network(golden, torch.float64)
     with torch.no_grad():
@@ -78,7 +82,7 @@ def test_golden_outputs(golden, impl, chunk):
         assert (output - golden[f"outputs.{i}"]).abs().max() < 1e-8
 
 
-@pytest.mark.parametrize("chunk", [10, 37])
+@pytest.mark.parametrize(("impl", "chunk"), [*itertools.product(IMPLS, (10, 37)), ("triton", 20)])
 def test_golden_gradients(golden, impl, chunk):
     network = golden_network(golden, torch.float64)
     hidden_states, patch_grid = golden_image(golden, torch.float64)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import FAST_IMPLS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from conftest import FAST_IMPLS
 from vitup_fast.errors import InputError
 from vitup_fast.ops.dispatch import Operator
 from vitup_fast.testing import (
@@ -79,9 +79,7 @@ def test_output_at_real_width_is_as_exact_as_eager(operation, generator, fast, d
 
 def test_equals_reference_in_float64(operation, generator, fast):
     arguments = operation.inputs(LARGE, generator, dtype=torch.float64)
-    outputs, gradients = zip(
-        *(run(operation, arguments, impl) for impl in (fast, "reference")), strict=True
-    )
+    outputs, gradients = zip(*(run(operation, arguments, impl) for impl in (fast, "reference")), strict=True)
     torch.testing.assert_close(*outputs, rtol=1e-11, atol=1e-11)
     for name, exact in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], exact, rtol=1e-10, atol=1e-10)

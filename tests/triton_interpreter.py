@@ -1,4 +1,4 @@
-"""Triton's interpreter with correct bfloat16: as it is, it multiplies bit patterns and truncates instead of rounding."""
+"""Triton's interpreter with correct bfloat16: as it is, it multiplies bit patterns and truncates."""
 
 from __future__ import annotations
 

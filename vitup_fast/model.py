@@ -34,6 +34,7 @@ from .ops import (
     bilinear_sample,
     film_mlp,
     norm_linear,
+    norm_linear_argmax,
     residual_mlp,
     rope_cross_attention,
 )
@@ -41,7 +42,19 @@ from .ops.checks import check_coords, check_features
 from .ops.coordinates import rope_angles, rope_inv_freq, rotate_pairs, token_centres
 from .ops.dispatch import resolve
 from .ops.film_mlp import film_gamma_beta
+from .ops.norm_linear import label_dtype
 from .ops.primitives import pack
+from .schedule import (
+    SCHEDULERS,
+    Constants,
+    Scheduler,
+    Source,
+    Workspace,
+    fold_block,
+    fold_decoder,
+    on_device,
+    wants_graph,
+)
 
 # Queries whose activations stay in the last-level cache while a block's weights pass by.
 CHUNK_QUERIES = {"cpu": 1568, "cuda": 8448}
@@ -165,7 +178,9 @@ class _Options(NamedTuple):
 
     return_all_layers: bool
     head: Head | None
+    labels: bool
     chunk: int
+    budgeted: bool
     impl: str
     coords_require_grad: bool = False
     progress: Callable[[int], object] | None = None
@@ -363,10 +378,7 @@ class ViTUp(nn.Module):
                 raise expected(f"hidden_states[{i}]", f"device {self.device} of the network", hidden.device)
         if 0 in hidden_states[0].shape or 0 in patch_grid.shape:
             raise expected("hidden_states and patch_grid", "no empty axis", tuple(patch_grid.shape))
-        packed = _PACKED.get(self)
-        # Versions do not see writes through ``.data``; a look at some numbers of every parameter does.
-        if packed is not None and not torch.equal(packed.samples, self._samples()):
-            del _PACKED[self]
+        self._forget_stale_weights()
 
         token_grid = tuple(hidden_states[0].shape[1:3])
         wide = torch.promote_types(self.dtype, torch.float32)
@@ -394,6 +406,7 @@ class ViTUp(nn.Module):
         *,
         return_all_layers: bool = False,
         head: Head | None = None,
+        labels: bool = False,
         query_chunk_size: int | None = None,
         max_memory: int | None = None,
         impl: str = "auto",
@@ -405,9 +418,10 @@ class ViTUp(nn.Module):
             coords: (x, y) in [0, 1] over the image, x to the right, float32 or float64.
             return_all_layers: return the features of all L depths instead of the last.
             head: linear head folded into the last decoder, so that scores ``[B, N, C]`` come without features.
+            labels: return the index of each query's largest score instead, ``[B, N]``: uint8 up to 256 classes.
             query_chunk_size: queries walked through the network at once; the result does not depend on it.
             max_memory: bytes that the pass may use beyond weights, cache and output, instead of a chunk size.
-            impl: ``"auto"``, ``"torch"`` or ``"reference"``.
+            impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
         Returns:
             Features in the network's dtype, or the list of L; differentiable unless gradients are disabled.
@@ -428,7 +442,8 @@ class ViTUp(nn.Module):
         def queries(span: slice) -> _Queries:
             return _Queries(coords[:, span], [None] * len(self.vit_up_blocks))
 
-        options = _Options(return_all_layers, head, chunk, impl, coords.requires_grad)
+        budgeted = max_memory is not None
+        options = _Options(return_all_layers, head, labels, chunk, budgeted, impl, coords.requires_grad)
         return self._run(cache, count, spans, queries, options)
 
     def dense(
@@ -438,6 +453,7 @@ class ViTUp(nn.Module):
         *,
         return_all_layers: bool = False,
         head: Head | None = None,
+        labels: bool = False,
         query_chunk_size: int | None = None,
         max_memory: int | None = None,
         impl: str = "auto",
@@ -453,6 +469,7 @@ class ViTUp(nn.Module):
             size: rows and columns of the output, (H, W).
             return_all_layers: see :meth:`forward`.
             head: see :meth:`forward`.
+            labels: see :meth:`forward`.
             query_chunk_size: see :meth:`forward`.
             max_memory: see :meth:`forward`.
             impl: see :meth:`forward`.
@@ -476,7 +493,7 @@ class ViTUp(nn.Module):
             for cells, tokens in zip((H, W), cache.token_grid, strict=True)
         )
         # A table rounds relative positions as float32 does: float64 computes each.
-        tabulate = resolve(impl) != "reference" and self.dtype != torch.float64
+        tabulate = self._resolve(impl, cache) != "reference" and self.dtype != torch.float64
         shared = None
         distinct = len(rows.relative) * len(cols.relative)
         if tabulate and distinct <= (SHARED_TABLE_ROWS if max_memory is None else chunk // 2):
@@ -493,7 +510,8 @@ class ViTUp(nn.Module):
             spans = [slice(y.start * W, y.stop * W) for y in _spans(H, chunk // W)]
         else:
             spans = [slice(row * W + x.start, row * W + x.stop) for row in range(H) for x in _spans(W, chunk)]
-        options = _Options(return_all_layers, head, chunk, impl, progress=progress)
+        budgeted = max_memory is not None
+        options = _Options(return_all_layers, head, labels, chunk, budgeted, impl, progress=progress)
         output = self._run(cache, H * W, spans, queries, options)
         if return_all_layers:
             return [layer.unflatten(1, (H, W)) for layer in output]
@@ -535,6 +553,8 @@ class ViTUp(nn.Module):
         head, impl = options.head, options.impl
         if head is not None and options.return_all_layers:
             raise expected("head", "no head together with return_all_layers", "both")
+        if options.labels and head is None:
+            raise expected("labels", "a head whose scores to compare", "labels=True without a head")
         B, L = cache.batch_size, self.config.num_layers
         folded: tuple[Tensor, ...] = ()
         if head is not None:
@@ -543,13 +563,18 @@ class ViTUp(nn.Module):
         tracks_grad = torch.is_grad_enabled() and (
             options.coords_require_grad or cache.requires_grad or any(t.requires_grad for t in sources)
         )
-        weights = self._weights(packed=not tracks_grad and resolve(impl) == "torch")
+        implementation = self._resolve(impl, cache)
         depths = range(L) if options.return_all_layers else (L - 1,)
+        images = max(1, options.chunk // max(1, count))  # whose queries share a chunk
+        groups = _spans(B, images)
+        if implementation == "triton" and not tracks_grad and not torch.compiler.is_compiling():
+            outputs = self._run_scheduled(cache, count, spans, groups, queries, depths, folded, options)
+            return outputs if options.return_all_layers else outputs[0]
+        weights = self._weights(packed=not tracks_grad and implementation == "torch")
         decoders = {depth: weights.decoders[depth] for depth in depths}
         if folded:
             decoders[L - 1] = DecoderWeights(*decoders[L - 1][:2], *folded)
-        images = max(1, options.chunk // max(1, count))  # whose queries share a chunk
-        groups = _spans(B, images)
+        decode = norm_linear_argmax if options.labels else norm_linear
 
         # Pieces to concatenate where a graph is recorded or there is one piece; else written where they belong.
         concatenates = tracks_grad or len(spans) * len(groups) == 1
@@ -560,12 +585,12 @@ class ViTUp(nn.Module):
             walked: list[list[Tensor]] = []
             for group in groups:
                 layers = self._walk(
-                    cache[group], part.coords[group], part.tables, weights, decoders, impl
-                )  # [b, n, E] each
+                    cache[group], part.coords[group], part.tables, weights, decoders, decode, impl
+                )  # [b, n, E] or [b, n] each
                 if concatenates:
                     walked.append(layers)
                     continue
-                outputs = outputs or [layer.new_empty(B, count, layer.shape[-1]) for layer in layers]
+                outputs = outputs or [layer.new_empty(B, count, *layer.shape[2:]) for layer in layers]
                 for output, layer in zip(outputs, layers, strict=True):
                     output[group, span] = layer
             if concatenates:
@@ -583,12 +608,13 @@ class ViTUp(nn.Module):
         tables: Sequence[FilmTable | None],
         weights: NetworkWeights,
         decoders: dict[int, DecoderWeights],
+        decode: Callable[..., Tensor],
         impl: str,
-    ) -> list[Tensor]:  # [B, n, E] each
+    ) -> list[Tensor]:  # [B, n, E] or [B, n] each
         """Walk one chunk of queries through the network and decode the depths asked for."""
         inv_freq, freqs = self.rope.inv_freq, self.rel_pos_enc.freqs
         query = bilinear_sample(cache.patch_grid, coords, impl=impl)  # [B, n, D]
-        decoded = [norm_linear(query, *decoders[0], impl=impl)] if 0 in decoders else []
+        decoded = [decode(query, *decoders[0], impl=impl)] if 0 in decoders else []
         steps = zip(weights.blocks, cache.keys, cache.values, cache.tokens, tables, strict=True)
         for depth, (block, key, value, tokens, table) in enumerate(steps, start=1):
             query = residual_mlp(query, block.transition, impl=impl)
@@ -598,14 +624,106 @@ class ViTUp(nn.Module):
             query = film_mlp(query, coords, tokens, freqs, block.position, block.film, table=table, impl=impl)
             query = residual_mlp(query, block.mlp, impl=impl)
             if depth in decoders:
-                decoded.append(norm_linear(query, *decoders[depth], impl=impl))
+                decoded.append(decode(query, *decoders[depth], impl=impl))
         return decoded
+
+    def _run_scheduled(
+        self,
+        cache: ImageCache,
+        count: int,
+        spans: Sequence[slice],
+        groups: Sequence[slice],
+        queries: Callable[[slice], _Queries],
+        depths: Sequence[int],
+        folded: tuple[Tensor, ...],
+        options: _Options,
+    ) -> list[Tensor]:  # [B, count, E] or [B, count] each
+        """Walk spans of queries through the network with fused kernels, in memory that is reused."""
+        B, last, device = cache.batch_size, self.config.num_layers - 1, self.device
+        dtype = self._compute_dtype()
+        with on_device(device), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            scheduler = self._scheduler(dtype)
+            decoders = {depth: scheduler.decoders[depth] for depth in depths}
+            if folded:
+                norm, _ = self.decoder_mlp[last].mlp
+                parameters = (t.detach().to(dtype) for t in (*_parameters(norm), *folded))
+                decoders[last] = fold_decoder(DecoderWeights(*parameters))
+            outputs = {}
+            for depth, decoder in decoders.items():
+                classes = decoder.weight.shape[0]
+                shape = (B, count) if options.labels else (B, count, classes)
+                kind = label_dtype(classes) if options.labels else dtype
+                outputs[depth] = torch.empty(shape, dtype=kind, device=device)
+            if B == 0 or count == 0:
+                return list(outputs.values())
+            sources = [*cache.keys, *cache.values, *cache.tokens]
+            cache = cache.to(dtype)
+            rows = max((g.stop - g.start) * (s.stop - s.start) for g in groups for s in spans)
+            session = session_shape = workspace = None
+            if options.budgeted or not wants_graph(device, depths, last):
+                workspace = Workspace(rows, self.config.dim, dtype, device)
+            for span in spans:
+                part = queries(span)
+                tables = [t.gamma_beta for t in part.tables if t is not None]
+                for group in groups:
+                    coords = part.coords[group]
+                    shape = (coords.shape[0], coords.dtype, *cache.token_grid, *(len(t) for t in tables[:1]))
+                    if session_shape is None and workspace is None:
+                        session, session_shape = scheduler.session(rows, shape, device), shape
+                        workspace = session.workspace
+                    replays = shape == session_shape and coords.shape[0] * coords.shape[1] == rows
+                    scheduler.walk(
+                        cache[group],
+                        coords,
+                        part.tables,
+                        decoders,
+                        {depth: output[group, span] for depth, output in outputs.items()},
+                        session if replays else workspace,
+                        Source([*sources, *tables], group),
+                    )
+                if options.progress is not None:
+                    options.progress(part.coords.shape[1])
+        return list(outputs.values())
+
+    def _scheduler(self, dtype: torch.dtype) -> Scheduler:
+        """Folded weights and graphs for a compute type, made anew when a parameter has changed."""
+        state = parameter_state(self.parameters())
+        schedulers = SCHEDULERS.setdefault(self, {})
+        scheduler = schedulers.get(dtype)
+        if scheduler is None or scheduler.state != state:
+            weights = _cast(self._weights(packed=False), dtype)
+            blocks = [fold_block(block, self.config.head_dim) for block in weights.blocks]
+            constants = Constants(blocks, self.rope.inv_freq, self.rel_pos_enc.freqs)
+            decoders = [fold_decoder(decoder) for decoder in weights.decoders]
+            capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            samples = None if capturing else self._samples()
+            scheduler = Scheduler(constants, decoders, state, samples, self.config.dim, dtype)
+            # What is folded inside a caller's graph exists only when that graph is replayed.
+            if not capturing:
+                schedulers[dtype] = scheduler
+        return scheduler
+
+    def _forget_stale_weights(self) -> None:
+        """Drop weights packed or folded from other values of the parameters.
+
+        Versions do not see writes through ``.data``; a look at some numbers of every parameter does.
+        """
+        kept = [*SCHEDULERS.get(self, {}).values(), *([_PACKED[self]] if self in _PACKED else [])]
+        if not kept or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return
+        samples = self._samples()
+        if any(not torch.equal(known.samples, samples) for known in kept):
+            _PACKED.pop(self, None)
+            SCHEDULERS.pop(self, None)
+
+    def _resolve(self, impl: str, cache: ImageCache) -> str:
+        """The implementation that runs for ``impl``, as every operation would choose it."""
+        head_dim = cache.keys[0].shape[-1] if cache.keys else None
+        return resolve(impl, cache.patch_grid, {"the width D": self.config.dim}, head_dim)
 
     def _weights(self, packed: bool) -> NetworkWeights:
         """Parameters as the operations take them, packed for inference on the CPU if asked for."""
-        kind = self.device.type
-        autocast = torch.is_autocast_enabled(kind) and self.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(kind) if autocast else self.dtype
+        kind, dtype = self.device.type, self._compute_dtype()
         weights = NetworkWeights(
             [_block_weights(block) for block in self.vit_up_blocks],
             [DecoderWeights(*_parameters(*decoder.mlp)) for decoder in self.decoder_mlp],
@@ -620,8 +738,17 @@ class ViTUp(nn.Module):
             cached = _PACKED[self] = _Packed(state, self._samples(), prepared)
         return cached.weights
 
+    def _compute_dtype(self) -> torch.dtype:
+        """Dtype of the parameters, or that of autocast where it is on."""
+        kind = self.device.type
+        autocast = torch.is_autocast_enabled(kind) and self.dtype != torch.float64
+        return torch.get_autocast_dtype(kind) if autocast else self.dtype
+
     def _samples(self) -> Tensor:
-        """A few numbers of every parameter."""
+        """A few numbers of every parameter, or on a GPU its norm, which takes one launch for all."""
+        if self.device.type == "cuda":
+            norms = torch._foreach_norm([p.detach() for p in self.parameters()], 2, torch.float32)
+            return torch.stack(norms).cpu()
         parameters = (p.detach().flatten() for p in self.parameters())
         return torch.cat([p[:: max(1, len(p) // 32)].float().cpu() for p in parameters])
 

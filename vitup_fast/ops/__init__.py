@@ -3,7 +3,7 @@
 from .bilinear_sample import bilinear_sample
 from .dispatch import implementations
 from .film_mlp import FilmTable, FilmWeights, PositionWeights, film_mlp
-from .norm_linear import norm_linear
+from .norm_linear import norm_linear, norm_linear_argmax
 from .primitives import MLPWeights
 from .residual_mlp import residual_mlp
 from .rope_cross_attention import AttentionWeights, rope_cross_attention
@@ -18,6 +18,7 @@ __all__ = [
     "film_mlp",
     "implementations",
     "norm_linear",
+    "norm_linear_argmax",
     "residual_mlp",
     "rope_cross_attention",
 ]

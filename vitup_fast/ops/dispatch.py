@@ -37,7 +37,9 @@ def implementations() -> list[Implementation]:
     onednn = "with" if torch.backends.mkldnn.is_available() else "without"
     obstacle = _triton_obstacle()
     return [
-        Implementation("triton", obstacle is None, obstacle or "fused kernels for NVIDIA GPUs and their tensors"),
+        Implementation(
+            "triton", obstacle is None, obstacle or "fused kernels for NVIDIA GPUs and their tensors"
+        ),
         Implementation("torch", True, f"tuned PyTorch calls, any device ({onednn} oneDNN on the CPU)"),
         Implementation("reference", True, "the definition: plain PyTorch, any dtype up to float64"),
     ]
@@ -118,7 +120,9 @@ def resolve(impl: str, x: Tensor, widths: Mapping[str, int], head_dim: int | Non
         return "triton"
     if impl == "auto":
         return "torch"
-    raise expected("impl", "an implementation that can run here", f"'triton': {obstacle}", "'auto' picks one.")
+    raise expected(
+        "impl", "an implementation that can run here", f"'triton': {obstacle}", "'auto' picks one."
+    )
 
 
 class Kernels(NamedTuple):

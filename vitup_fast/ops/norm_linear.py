@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import LAYER_NORM_EPS
 from . import checks
-from .dispatch import Kernels, Operator, autocast, lazy_kernels, resolve, run_reference
+from .dispatch import NAMESPACE, Kernels, Operator, autocast, lazy_kernels, resolve, run_reference
 from .primitives import layer_norm, layer_norm_backward, linear, linear_backward
 
 
@@ -61,6 +62,37 @@ _operator = Operator(
 )
 
 
+def label_dtype(count: int) -> torch.dtype:
+    """Smallest integer dtype for labels of ``count`` classes: uint8 up to 256, int16 up to 32768, else int32."""
+    return torch.uint8 if count <= 256 else torch.int16 if count <= 1 << 15 else torch.int32
+
+
+def _argmax(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, impl: str
+) -> Tensor:
+    dtype = label_dtype(weight.shape[0])
+    with torch.autocast(x.device.type, enabled=False):
+        if impl == "triton":
+            from ..kernels.norm_linear import argmax
+
+            return argmax(x, norm_weight, norm_bias, weight, bias, dtype)
+        return _forward(x, norm_weight, norm_bias, weight, bias).argmax(-1).to(dtype)
+
+
+torch.library.define(
+    f"{NAMESPACE}::norm_linear_argmax",
+    "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, str impl) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl(f"{NAMESPACE}::norm_linear_argmax", "default", _argmax)
+torch.library.register_fake(
+    f"{NAMESPACE}::norm_linear_argmax",
+    lambda x, norm_weight, norm_bias, weight, bias, impl: x.new_empty(
+        x.shape[:-1], dtype=label_dtype(weight.shape[0])
+    ),
+)
+
+
 def norm_linear(
     x: Tensor,  # [B, N, D]
     norm_weight: Tensor,  # [D]
@@ -86,6 +118,53 @@ def norm_linear(
     Raises:
         InputError: wrong shape, dtype or device, or an ``impl`` that cannot run.
     """
+    x, *layer = _checked(x, norm_weight, norm_bias, weight, bias)
+    impl = resolve(impl, x, {"the width D": x.shape[-1]})
+    if impl == "reference":
+        return run_reference(norm_linear_reference, x, *layer)
+    return _operator(x, *layer, impl=impl)
+
+
+def norm_linear_argmax(
+    x: Tensor,  # [B, N, D]
+    norm_weight: Tensor,  # [D]
+    norm_bias: Tensor,  # [D]
+    weight: Tensor,  # [E, D]
+    bias: Tensor,  # [E]
+    *,
+    impl: str = "auto",
+) -> Tensor:  # [B, N]
+    """Return the index of the largest of the E outputs of :func:`norm_linear`, the first of equals.
+
+    Args:
+        x: see :func:`norm_linear`.
+        norm_weight: see :func:`norm_linear`.
+        norm_bias: see :func:`norm_linear`.
+        weight: matrix of a classifier with E classes.
+        bias: bias of the classifier.
+        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        Labels: uint8 up to 256 classes, int16 up to 32768, else int32. Not differentiable.
+
+    Raises:
+        InputError: wrong shape, dtype or device, no class, or an ``impl`` that cannot run.
+    """
+    with torch.no_grad():
+        x, *layer = (t.detach() for t in _checked(x, norm_weight, norm_bias, weight, bias))
+        if weight.shape[0] == 0:
+            raise checks.expected("weight", "at least one class", tuple(weight.shape))
+        impl = resolve(impl, x, {"the width D": x.shape[-1]})
+        if impl == "reference":
+            scores = run_reference(norm_linear_reference, x, *layer)
+            return scores.argmax(-1).to(label_dtype(weight.shape[0]))
+        return torch.ops.vitup_fast.norm_linear_argmax(x, *layer, impl)
+
+
+def _checked(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, ...]:
+    """Check the arguments and cast them under autocast."""
     checks.check_features("x", x, "(B, N, D)")
     x, norm_weight, norm_bias, weight, bias = autocast(x, norm_weight, norm_bias, weight, bias)
     dim, width = x.shape[-1], weight.shape[0]
@@ -93,7 +172,4 @@ def norm_linear(
     checks.check_weight("norm_bias", norm_bias, (dim,), x)
     checks.check_weight("weight", weight, (width, dim), x)
     checks.check_weight("bias", bias, (width,), x)
-    impl = resolve(impl, x, {"the width D": dim})
-    if impl == "reference":
-        return run_reference(norm_linear_reference, x, norm_weight, norm_bias, weight, bias)
-    return _operator(x, norm_weight, norm_bias, weight, bias, impl=impl)
+    return x, norm_weight, norm_bias, weight, bias
