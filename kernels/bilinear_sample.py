@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, launch, row_blocks, row_moments, segments, wide
+from .common import accumulator, launch, positions, row_blocks, row_moments, segments, wide
 
 
 @triton.jit
@@ -185,13 +185,13 @@ def sample(
 
 def forward(grid: Tensor, coords: Tensor) -> Tensor:
     """Forward pass of :func:`vitup_fast.ops.bilinear_sample`."""
-    return sample(grid.contiguous(), coords.contiguous())
+    return sample(grid.contiguous(), positions(coords, grid))
 
 
 def backward(grad: Tensor, grid: Tensor, coords: Tensor, needs_grad: list[bool]) -> list[Tensor]:
     """Gradients for grid and coordinates, as far as they are needed."""
     (B, P, Q, D), N = grid.shape, coords.shape[1]
-    grid, coords = grid.contiguous(), coords.contiguous()
+    grid, dtype, coords = grid.contiguous(), coords.dtype, positions(coords, grid)
     grad_coords = torch.empty_like(coords)
     cell = torch.empty(B * N, dtype=torch.int64, device=grid.device)
     blocks = row_blocks(grid, D)
@@ -235,7 +235,7 @@ def backward(grad: Tensor, grid: Tensor, coords: Tensor, needs_grad: list[bool])
         )
         grads.append(grad_grid)
     if needs_grad[1]:
-        grads.append(grad_coords)
+        grads.append(grad_coords.to(dtype))
     return grads
 
 

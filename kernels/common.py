@@ -446,6 +446,11 @@ def row_blocks(x: Tensor, D: int) -> dict[str, Any]:
     return {"BLOCK_M": block_m, "BLOCK_D": block_d, "ACC": accumulator(x.dtype), "num_warps": 4}
 
 
+def positions(coords: Tensor, features: Tensor) -> Tensor:
+    """Coordinates in the precision in which positions are computed: their own, or float64 with such features."""
+    return coords.to(torch.promote_types(coords.dtype, features.dtype)).contiguous()
+
+
 def measure_moments(x: Tensor) -> Tensor:
     """Moments of the rows of ``x``; ``[M, D] -> [M, 1, 2]``."""
     M, D = x.shape

@@ -13,6 +13,7 @@ from .common import (
     launch,
     layer_norm_backward,
     nearest_relative,
+    positions,
     row_blocks,
     row_moments,
     segment_sum,
@@ -336,7 +337,7 @@ def _source(
     """Gamma and beta from the table or the position MLP, with the position code in the latter case."""
     if table is not None:
         return FilmSource(table.contiguous(), None, row.contiguous(), token.contiguous()), None
-    coords = coords.contiguous()
+    coords = positions(coords, tokens)
     code, gamma_beta = position_gamma_beta(
         coords, freqs.contiguous(), tokens.shape[1:3], fold_position(*position)
     )
@@ -422,7 +423,7 @@ def backward(
     dtype = x.dtype
     grads = (
         grad_rows.clone() if needs_x else None,
-        grad_coords,
+        None if grad_coords is None else grad_coords.to(coords.dtype),
         grad_tokens,
         *grads_position,
         *grads_mlp,

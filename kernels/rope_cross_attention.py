@@ -24,6 +24,7 @@ from .common import (
     fractional_turns,
     launch,
     measure_moments,
+    positions,
     settings_for,
     sine_cosine,
     wide,
@@ -458,7 +459,8 @@ def forward(
     token_w: int,
 ) -> Tensor:
     """Forward pass of :func:`vitup_fast.ops.rope_cross_attention`."""
-    x, coords, key, value, inv_freq = (t.contiguous() for t in (x, coords, key, value, inv_freq))
+    x, key, value, inv_freq = (t.contiguous() for t in (x, key, value, inv_freq))
+    coords = positions(coords, x)
     rows = x.view(-1, x.shape[-1])  # [M, D]
     layer = fold_query(norm_weight, norm_bias, query_weight, query_bias, key.shape[-1])
     attended = attend(
@@ -485,7 +487,8 @@ def backward(
     needs_grad: list[bool],
 ) -> list[Tensor]:
     """Gradients of the differentiable arguments, as far as they are needed; queries and softmax are recomputed."""
-    x, coords, key, value, inv_freq = (t.contiguous() for t in (x, coords, key, value, inv_freq))
+    x, key, value, inv_freq = (t.contiguous() for t in (x, key, value, inv_freq))
+    coords_dtype, coords = coords.dtype, positions(coords, x)
     (B, N, D), (_, heads, T, d) = x.shape, key.shape
     rows, grad_rows = x.view(-1, D), grad.view(-1, D)
     projection = (norm_weight, norm_bias, query_weight, query_bias)
@@ -565,7 +568,7 @@ def backward(
     grad_out_weight = weight_gradient(grad_rows, attended.view(-1, D)).to(x.dtype)
     grads = (
         grad_x,
-        grad_position.sum(2).to(coords.dtype),
+        grad_position.sum(2).to(coords_dtype),
         grad_key,
         grad_value,
         *grads_projection,

@@ -576,7 +576,7 @@ def test_prepare_errors(network, image, change, message):
         ({"query_chunk_size": 2, "max_memory": 10**9}, "query_chunk_size and max_memory: expected one"),
         ({"max_memory": 100}, r"max_memory: expected at least \d+ bytes, the need of one query, got 100"),
         ({"max_memory": "4 MB"}, "max_memory: expected at least"),
-        ({"impl": "fast"}, r"impl: expected 'auto' or one of \['torch', 'reference'\], got 'fast'"),
+        ({"impl": "fast"}, r"impl: expected 'auto' or one of \['triton', 'torch', 'reference'\], got 'fast'"),
         ({"head": torch.nn.Linear(32, 2), "return_all_layers": True}, "head: expected no head together"),
     ],
 )

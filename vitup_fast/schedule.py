@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops import FilmTable
+from .ops.coordinates import position_dtype
 
 if TYPE_CHECKING:
     from .kernels.film_mlp import FoldedPosition
@@ -115,7 +116,8 @@ class Workspace:
         self.spare = torch.empty(rows, dim, dtype=dtype, device=device)
         self.hidden = torch.empty(rows * 4 * dim, dtype=dtype, device=device)
         moments = torch.promote_types(dtype, torch.float32)
-        self.moments = torch.empty(rows * 2 * (dim // 64), dtype=moments, device=device)
+        # Blocks of a product that writes moments have at least 32 columns.
+        self.moments = torch.empty(rows * 2 * (dim // 32), dtype=moments, device=device)
         self.spare_moments = torch.empty(rows, 1, 2, dtype=moments, device=device)
         everything = (self.state, self.spare, self.hidden, self.moments, self.spare_moments)
         self.nbytes = sum(t.nbytes for t in everything)
@@ -366,7 +368,7 @@ class Scheduler:
         from .kernels.linear import linear, linear_argmax
 
         b, n, _ = coords.shape
-        rows, coords = b * n, coords.contiguous()
+        rows, coords = b * n, coords.to(position_dtype(coords, cache.patch_grid)).contiguous()
         image = Image(cache.keys, cache.values, cache.tokens)
         table = None
         if tables[0] is not None:
