@@ -284,6 +284,8 @@ _recorder: list[Launch] | None = None
 _overrides: Mapping[str, Mapping[str, Any]] = {}
 _target: tuple[str, int] | None = None
 CONFIGS = Path(__file__).parent / "configs"
+# Blocks along the second and third axis of a CUDA grid.
+MAX_GRID = 65535
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -388,8 +390,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, role: str, **
     """Launch a kernel on the device of its first tensor.
 
     Raises:
+        InputError: more images than a grid has places for.
         KernelError: it does not compile or does not fit; names kernel, settings and GPU.
     """
+    if max(grid[1:], default=0) > MAX_GRID:
+        raise expected(
+            "x", f"at most {MAX_GRID} images or parts of them at once", max(grid[1:]), "Split the batch."
+        )
     if _recorder is not None:
         _recorder.append(Launch(kernel, arguments, options, role))
         return

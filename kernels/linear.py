@@ -397,7 +397,7 @@ def linear(
     """
     (M, K), N = x.shape, layer.weight.shape[0]
     whole_rows = out_norm is not None or residual is not None or want_moments
-    blocks = settings_for("linear_rows" if whole_rows else "linear", x, N)
+    blocks = settings_for("linear_rows", x, N) if whole_rows else settings_for("linear", x, K)
     block_n, tiles = blocks["BLOCK_N"], blocks.get("TILES", 1)
     if whole_rows and N % 64 == 0:
         block_n = dividing_block(N, block_n)
@@ -503,7 +503,7 @@ def weight_gradient(left: Tensor, right: Tensor) -> Tensor:
     Splits of the rows are summed in a fixed order, so that the result is deterministic.
     """
     (M, P), Q = left.shape, right.shape[1]
-    blocks = settings_for("weight_gradient", left, Q)
+    blocks = settings_for("weight_gradient", left, min(P, Q))
     tiles = triton.cdiv(P, blocks["BLOCK_M"]) * triton.cdiv(Q, blocks["BLOCK_N"])
     splits = max(1, min(triton.cdiv(M, SPLIT_ROWS), triton.cdiv(FULL_GRID, tiles)))
     rows = triton.cdiv(triton.cdiv(M, splits), blocks["BLOCK_K"]) * blocks["BLOCK_K"]

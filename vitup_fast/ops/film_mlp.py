@@ -286,6 +286,7 @@ def film_mlp(
     checks.check_weight("tokens", tokens, (B, *tokens.shape[1:3], D), x)
     if 0 in tokens.shape[1:3]:
         raise checks.expected("tokens", "at least one token", tuple(tokens.shape))
+    checks.check_device("freqs", freqs, x)
     code = 2 + 4 * freqs.shape[0]
     for field, weight, shape in zip(
         PositionWeights._fields, position, ((D, code), (D,), (2 * D, D), (2 * D,)), strict=True
@@ -303,7 +304,9 @@ def film_mlp(
             x, coords, tokens, *position, *mlp_weights, *out_norm, None, freqs, None, None, impl=impl
         )
     checks.check_features("table.gamma_beta", table.gamma_beta, "(R, 2 * D)", 2 * D)
+    checks.check_device("table.gamma_beta", table.gamma_beta, x)
     for field, index in (("row", table.row), ("token", table.token)):
+        checks.check_device(f"table.{field}", index, x)
         if tuple(index.shape) != (N,) or index.dtype != torch.int64:
             raise checks.expected(f"table.{field}", f"({N},) int64", f"{tuple(index.shape)} {index.dtype}")
     return _operator(

@@ -229,6 +229,7 @@ def rope_cross_attention(
     for field, weight in zip(AttentionWeights._fields, weights, strict=True):
         shape = (D, D) if field in ("query_weight", "out_weight") else (D,)
         checks.check_weight(f"weights.{field}", weight, shape, x)
+    checks.check_device("inv_freq", inv_freq, x)
     if 4 * inv_freq.shape[0] != key.shape[-1]:
         raise checks.expected("inv_freq", f"{key.shape[-1] // 4} frequencies", tuple(inv_freq.shape))
     impl = resolve(impl, x, {"the width D": D}, key.shape[-1])
