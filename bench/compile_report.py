@@ -111,6 +111,14 @@ def network_launches(dim: int, dtype: torch.dtype, target: int) -> list[common.L
         head = linear.fold(empty(150, dim), empty(150), *norm)
         linear.linear(rows, head, moments)
         linear.linear_argmax(rows, head, moments, empty(M, like=torch.uint8))
+        # Few queries.
+        few, few_moments = rows[:100], moments[:100]
+        layers = residual_mlp.fold_mlp(*mlp_weights(4))
+        residual_mlp.residual_mlp(few, few_moments, layers, want_moments=True)
+        linear.linear(few, linear.fold(*square), residual=few, want_moments=True)
+        linear.linear(few, layers.first, few_moments, gelu=True)
+        film_mlp.film_mlp(x[:, :100], tokens, source, layers, norm, want_moments=True)
+        linear.linear(few, decoder, few_moments)
         # Training.
         bilinear_sample.backward(x, grid, coords, [True, True])
         residual_mlp.forward(x, *mlp_weights(4))

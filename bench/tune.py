@@ -43,6 +43,7 @@ from vitup_fast.testing import (
 
 Settings = dict[str, int]
 REPEATS = 15
+FEW_QUERIES = 1000
 
 
 class Role(NamedTuple):
@@ -52,11 +53,13 @@ class Role(NamedTuple):
         operation: name in :data:`vitup_fast.testing.OPERATIONS`.
         backward: time the backward pass as well.
         candidates: values to try per setting.
+        few: time it with few queries.
     """
 
     operation: str
     backward: bool
     candidates: Mapping[str, Sequence[int]]
+    few: bool = False
 
 
 def _products(tiles: Sequence[int] = ()) -> dict[str, Sequence[int]]:
@@ -75,6 +78,9 @@ _ATTENTION = {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8
 ROLES: dict[str, Role] = {
     "linear": Role("residual_mlp", False, _products(tiles=(1,))),
     "linear_rows": Role("film_mlp_table", False, _products(tiles=(1, 3))),
+    "linear_few_rows": Role(
+        "film_mlp_table", False, {**_products(tiles=(1,)), "BLOCK_M": (32, 64)}, few=True
+    ),
     "attention": Role("rope_cross_attention", False, {**_ATTENTION, "BLOCK_K": (32, 64)}),
     "hidden_backward": Role("residual_mlp", True, _products()),
     "weight_gradient": Role("residual_mlp", True, _products()),
@@ -222,7 +228,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         by_width = found.setdefault(version, {}).setdefault(kind, {}).setdefault(name, {})
         if str(width) in by_width and not options.again:
             continue
-        sizes = Sizes(1, options.queries, config.dim, config.num_heads, (28, 28), (224, 224), 4)
+        queries = min(options.queries, FEW_QUERIES) if ROLES[name].few else options.queries
+        sizes = Sizes(1, queries, config.dim, config.num_heads, (28, 28), (224, 224), 4)
         with tqdm(total=sum(1 for _ in candidates(ROLES[name])), desc=f"{dtype_name} {name} {width}") as bar:
             best, least, before = tune_role(name, sizes, dtype, device, stopwatch, bar.update)
         if least == float("inf"):

@@ -284,6 +284,8 @@ _recorder: list[Launch] | None = None
 _overrides: Mapping[str, Mapping[str, Any]] = {}
 _target: tuple[str, int] | None = None
 CONFIGS = Path(__file__).parent / "configs"
+# What launches are recorded for.
+TYPICAL_MULTIPROCESSORS = 132
 # Blocks along the second and third axis of a CUDA grid.
 MAX_GRID = 65535
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -367,6 +369,18 @@ def target_of(x: Tensor) -> tuple[str, int]:
     if _target is not None:
         return _target
     return _device(x.device.index) if x.is_cuda else ("interpreter", 80)
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Number of multiprocessors of the GPU that a tensor lies on; the interpreter is one."""
+    if _target is not None:
+        return TYPICAL_MULTIPROCESSORS
+    return _multiprocessors(x.device.index) if x.is_cuda else 1
 
 
 @cache

@@ -8,7 +8,7 @@ dwarfs the deviation: fewer than 16 bit numbers have lost, but in float32 rows a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from .common import (
     gelu_kind,
     gelu_with_gradient,
     launch,
+    multiprocessors,
     normal_cdf,
     row_blocks,
     settings_for,
@@ -363,6 +364,24 @@ def _empty(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, x: Te
     return out.view(-1)[:count].view(shape)
 
 
+def _linear_blocks(x: Tensor, N: int, whole_rows: bool) -> tuple[str, dict[str, Any], int]:
+    """Role and launch settings of a product with N columns, and how many blocks cover these."""
+    M, K = x.shape
+    role, width = ("linear_rows", N) if whole_rows else ("linear", K)
+    while True:
+        blocks = settings_for(role, x, width)
+        block_n, tiles = blocks["BLOCK_N"], blocks.get("TILES", 1)
+        if whole_rows and N % 64 == 0:
+            block_n = dividing_block(N, block_n)
+            tiles = max(t for t in range(1, tiles + 1) if N % (t * block_n) == 0)
+        columns = triton.cdiv(N, block_n * tiles)
+        # Large blocks of few rows would leave most of the GPU idle.
+        if role == "linear_few_rows" or triton.cdiv(M, blocks["BLOCK_M"]) * columns >= multiprocessors(x):
+            block_k = dividing_block(K, blocks["BLOCK_K"])
+            return role, {**blocks, "BLOCK_N": block_n, "TILES": tiles, "BLOCK_K": block_k}, columns
+        role = "linear_few_rows"
+
+
 def linear(
     x: Tensor,  # [M, K]
     layer: Folded,
@@ -397,14 +416,8 @@ def linear(
     """
     (M, K), N = x.shape, layer.weight.shape[0]
     whole_rows = out_norm is not None or residual is not None or want_moments
-    blocks = settings_for("linear_rows", x, N) if whole_rows else settings_for("linear", x, K)
-    block_n, tiles = blocks["BLOCK_N"], blocks.get("TILES", 1)
-    if whole_rows and N % 64 == 0:
-        block_n = dividing_block(N, block_n)
-        tiles = max(t for t in range(1, tiles + 1) if N % (t * block_n) == 0)
-    blocks |= {"BLOCK_N": block_n, "TILES": tiles, "BLOCK_K": dividing_block(K, blocks["BLOCK_K"])}
-    complete = block_n * tiles == N
-    columns = triton.cdiv(N, block_n * tiles)
+    role, blocks, columns = _linear_blocks(x, N, whole_rows)
+    complete = columns == 1
     out_dtype = x.dtype if out_dtype is None else out_dtype
     norm_apart = out_norm is not None and not complete
     acc = wide(x.dtype)
@@ -440,7 +453,7 @@ def linear(
         OUT_MOMENTS=want_moments and not norm_apart,
         ACC=accumulator(x.dtype),
         PRECISION=dot_precision(x.dtype),
-        role="linear_rows" if whole_rows else "linear",
+        role=role,
         **blocks,
     )
     if not norm_apart:

@@ -35,6 +35,7 @@ TILES = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stage
 SMALL_BLOCKS = {
     "linear": {**TILES, "TILES": 1},
     "linear_rows": {**TILES, "TILES": 3},
+    "linear_few_rows": {**TILES, "TILES": 1},
     "linear_argmax": TILES,
     "hidden_backward": TILES,
     "weight_gradient": TILES,
@@ -71,6 +72,23 @@ def test_blocks_do_not_change_results(operation, generator, D):
     arguments = operation.inputs(sizes, generator, dtype=torch.float64)
     with common.overridden_settings(SMALL_BLOCKS):
         assert_equals_reference(operation, arguments)
+
+
+@pytest.mark.parametrize("name", ["residual_mlp", "film_mlp_table"])
+def test_few_rows_are_spread_over_the_gpu(generator, monkeypatch, name):
+    """Where large blocks would leave multiprocessors idle, small ones give the same, LayerNorm of rows included."""
+    arguments = OPERATIONS[name].inputs(
+        Sizes(B=1, N=45, D=128, token_grid=(4, 8)), generator, dtype=torch.float64
+    )
+    roles = []
+    launch = linear.launch
+    monkeypatch.setattr(linear, "multiprocessors", lambda x: 6)
+    monkeypatch.setattr(
+        linear, "launch", lambda *args, **options: roles.append(options["role"]) or launch(*args, **options)
+    )
+    with common.overridden_settings({"linear": {**TILES, "BLOCK_N": 128, "TILES": 1}}):
+        assert_equals_reference(OPERATIONS[name], arguments)
+    assert "linear_few_rows" in roles
 
 
 @pytest.mark.parametrize("width", [32, 64, 128])

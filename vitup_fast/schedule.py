@@ -251,7 +251,7 @@ class _Session:
     def run(
         self, image: Image, coords: Tensor, table: Table | None, moments: Tensor, source: Source
     ) -> Tensor:
-        """Walk a chunk: launched one by one the first time, recorded the second, replayed from then on."""
+        """Walk a chunk: launched one by one the first two times, the second time also recorded, then replayed."""
         if not self.seen:
             self.seen = True
             return walk_blocks(self.constants, image, coords, table, self.workspace, moments)
@@ -281,8 +281,11 @@ class _Session:
                     self.constants, own_image, own_coords, own_table, self.workspace, moments
                 )
 
+            # Launched with the very addresses of the graph, so that nothing is left to compile while recording.
+            run()
             self.replay = record(run, self.device)
-        self.replay()
+        else:
+            self.replay()
         return self.moments
 
     def _holds(self, source: Source) -> bool:
