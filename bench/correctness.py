@@ -55,7 +55,8 @@ from vitup_fast.testing import (
 GOLDENS = Path(__file__).resolve().parent.parent / "tests" / "data"
 QUICK_SIZES = (
     Sizes(B=2, N=37, D=64, heads=2, token_grid=(5, 7), patch_grid=(9, 12)),
-    Sizes(B=1, N=1, D=64, heads=1, token_grid=(5, 7), patch_grid=(9, 12), expansion=4),
+    Sizes(B=1, N=1, D=64, heads=2, token_grid=(5, 7), patch_grid=(9, 12), expansion=4),
+    Sizes(B=1, N=130, D=64, heads=1, token_grid=(5, 7), patch_grid=(9, 12), expansion=4),
 )
 SIZES = (
     *QUICK_SIZES,
@@ -66,6 +67,8 @@ SIZES = (
 )
 # Powers of two, at which float32 holds the coordinates that a table stands for exactly.
 TABLE_GRIDS = {(5, 7): (4, 8), (28, 28): (32, 32)}
+# The error of a single query's coordinate gradient, two numbers, is chance.
+LEAST_QUERIES_BACKWARD = 16
 GOLDEN_FLOAT64_ERROR = 1e-9
 # Earlier queries of the golden file lie on cell borders, where float32 may choose the other token.
 SAME_TOKEN_FROM = 11
@@ -139,10 +142,11 @@ def done(task: Task) -> Check:
             actual, eager, exact = task.compare()
         ratios = []
         for name, truth in exact.items():
-            limit = max(
-                relative_error(eager[name], truth), relative_error(truth.to(task.dtype), truth), 1e-300
-            )
-            ratios.append(relative_error(actual[name], truth) / limit if name in actual else float("nan"))
+            if name not in actual:
+                raise AssertionError(f"{name}: there is none")
+            rounding = relative_error(truth.to(actual[name].dtype), truth)
+            limit = max(relative_error(eager[name], truth), rounding, torch.finfo(torch.float64).tiny)
+            ratios.append(relative_error(actual[name], truth) / limit)
         worst = max(ratios, key=lambda ratio: (ratio != ratio, ratio))
         for name, truth in exact.items():
             assert_within_budget(actual[name], eager[name], truth, factor=ERROR_LIMIT, name=name)
@@ -209,7 +213,7 @@ def operation_tasks(
             detail = f"B={size.B} N={size.N} D={size.D} heads={size.heads} tokens={h}x{w} expansion={size.expansion}"
             for dtype in dtypes:
                 for impl in impls:
-                    for direction in ("forward", "backward"):
+                    for direction in ("forward", "backward")[: 1 if size.N < LEAST_QUERIES_BACKWARD else 2]:
 
                         def compare(
                             name: str = name,
