@@ -129,7 +129,8 @@ def build(path: Path, net: ViTUp) -> nn.Module:
         )
         reference.load_state_dict(net.state_dict(), strict=True)
     except (AttributeError, TypeError, RuntimeError) as error:
-        raise expected(VARIABLE, f"{EXPECTATION} and the published parameters", f"{path}: {error}") from error
+        why = " ".join(str(error).split())
+        raise expected(VARIABLE, f"{EXPECTATION} and the published parameters", f"{path}: {why}") from error
     reference = reference.eval().to(net.device)
     for layer in reference.modules():
         if isinstance(layer, nn.Linear):

@@ -73,7 +73,7 @@ export PYTHONPATH=$scratch${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1
 
 if [[ $device == cpu* ]]; then
-  splus=tiny both=(tiny) dtypes=(float32) dense=(12 16) sparse=(20) compared=(12) trained=(30) side=12
+  splus=tiny both=(tiny) dtypes=(float32) dense=(12) sparse=(20) compared=(10) trained=(30) side=12
   queries=64 rounds=(--repeats 1 --no-compile) some=(film_mlp norm_linear golden) quick=(--quick)
 else
   splus=dinov3_splus both=(dinov3_splus dinov3_base) dtypes=(bfloat16) compared=(448 1024) trained=(75000)
