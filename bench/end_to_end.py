@@ -520,7 +520,9 @@ def reports(options: argparse.Namespace, sizes: Sequence[tuple[int, bool]]) -> I
                     compiled=options.compile,
                     chunks=options.chunks,
                 )
-                yield measure(case, options.repeats, patience=options.seconds)
+                report = measure(case, options.repeats, patience=options.seconds)
+                del case  # its tensors, before the next case is set up
+                yield report
 
 
 def memory_main(options: argparse.Namespace) -> int:

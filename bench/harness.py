@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitup_fast import InputError, ViTUpConfig, __version__
-from vitup_fast.errors import expected
+from vitup_fast.errors import MissingPackageError, expected, require
 from vitup_fast.ops import implementations
 from vitup_fast.ops.primitives import linear, pack
 from vitup_fast.testing import (
@@ -583,6 +583,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     Raises:
         InputError: a device that is not there, a count below 1, an implementation that does not run there, a
             path that cannot be read or written.
+        MissingPackageError: a roofline is asked for and matplotlib is not installed.
     """
     options = parser.parse_args(argv)
     options.device = check_device(options.device)
@@ -602,6 +603,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     for name in ("json", "roofline"):
         if getattr(options, name) is not None:
             check_writable(getattr(options, name), f"--{name}")
+    if options.roofline is not None:  # better told now than after the measurement
+        require("matplotlib", "bench", "--roofline")
     return options
 
 
@@ -845,9 +848,9 @@ def fresh_start() -> None:
 
 
 def exit_code(main: Callable[[], int]) -> int:
-    """Run a command; a user's mistake becomes one sentence on the error stream and exit code 2."""
+    """Run a command; a user's mistake or a missing package becomes one sentence on the error stream and exit code 2."""
     try:
         return main()
-    except InputError as error:
+    except (InputError, MissingPackageError) as error:
         print(error, file=sys.stderr)
         return 2

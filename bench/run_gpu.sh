@@ -3,14 +3,14 @@
 #
 #   bench/run_gpu.sh RESULTS_DIR [--device DEVICE] [STAGE ...]
 #
-# Stages, by default all of them in this order, with their limits in seconds (all together: 9 minutes):
-#   environment   20  machine, driver, compiler, versions, implementations
-#   correctness  110  every operation, implementation and dtype, the network and the goldens against float64
+# Stages, by default all of them in this order, with their shares of 9 minutes (fewer stages have more time each):
+#   environment   10  machine, driver, compiler, versions, implementations
+#   correctness  100  every operation, implementation and dtype, the network and the goldens against float64
 #   sanitizer     60  compute-sanitizer memcheck of the kernels at small sizes
 #   peaks         15  matrix product, copy, copy within L2
 #   operations    55  time of every operation, forward, then forward and backward
-#   compiled     115  dense 448 and 1024, S+ and B, against torch.compile (and VITUP_REFERENCE, if set)
-#   end_to_end    80  all sizes of the suite, S+ and B, against eager
+#   compiled     105  dense 448 and 1024, S+ and B, against torch.compile (and VITUP_REFERENCE, if set)
+#   end_to_end   105  all sizes of the suite, S+ and B, against eager
 #   training      40  forward and backward of 75 000 queries
 #   profile       25  kernel times of one dense 448 pass per implementation
 #   roofline      10  picture of all the above
@@ -22,6 +22,9 @@
 set -uo pipefail
 
 stages=(environment correctness sanitizer peaks operations compiled end_to_end training profile roofline)
+declare -A share=([environment]=10 [correctness]=100 [sanitizer]=60 [peaks]=15 [operations]=55 [compiled]=105
+  [end_to_end]=105 [training]=40 [profile]=25 [roofline]=10)
+total_seconds=530
 device=${VITUP_BENCH_DEVICE:-cuda}
 python=${PYTHON:-python3}
 results=
@@ -54,6 +57,10 @@ while (($#)); do
 done
 [[ -n $results ]] || usage "no directory for the results"
 ((${#chosen[@]})) || chosen=("${stages[@]}")
+shares=0
+for stage in "${chosen[@]}"; do
+  shares=$((shares + share[$stage]))
+done
 command -v "$python" >/dev/null || usage "no interpreter $python"
 python=$(command -v "$python")
 mkdir -p "$results" || exit 2
@@ -74,17 +81,17 @@ export PYTHONUNBUFFERED=1
 
 if [[ $device == cpu* ]]; then
   splus=tiny both=(tiny) dtypes=(float32) dense=(12) sparse=(20) compared=(10) trained=(30) side=12
-  queries=64 rounds=(--repeats 1 --no-compile) some=(film_mlp norm_linear golden) quick=(--quick)
+  queries=64 backward=norm_linear rounds=(--repeats 1 --no-compile) some=(film_mlp norm_linear golden) quick=(--quick)
 else
   splus=dinov3_splus both=(dinov3_splus dinov3_base) dtypes=(bfloat16) compared=(448 1024) trained=(75000)
   dense=(224 448 896 1024 2048) sparse=(100 1000 4096) side=448 queries=33792
-  rounds=(--repeats 15 --seconds 5) some=() quick=()
+  rounds=(--repeats 15 --seconds 3) some=() quick=() backward=operations
 fi
 
 failed=()
-# step NAME SECONDS COMMAND...: run a command within a time limit; its output goes to NAME.log.
+# step NAME SHARE COMMAND...: run a command within its share of the time; its output goes to NAME.log.
 step() {
-  local name=$1 limit=$2 begin=$SECONDS code verdict
+  local name=$1 limit=$(($2 * total_seconds / shares)) begin=$SECONDS code verdict
   shift 2
   timeout --kill-after=5 "$limit" "$@" >"$results/$name.log" 2>&1 </dev/null
   code=$?
@@ -100,7 +107,7 @@ step() {
   fi
 }
 
-bench() { # NAME SECONDS MODULE ARGUMENTS...
+bench() { # NAME SHARE MODULE ARGUMENTS...
   local name=$1 limit=$2 module=$3
   shift 3
   step "$name" "$limit" "$python" -m "vitup_fast.bench.$module" --device "$device" --json "$results/$name.json" "$@"
@@ -113,7 +120,7 @@ timed() { # the same, for what shall not be timed unless it is correct
 }
 
 environment() {
-  step environment 20 bash -c '
+  step environment 10 bash -c '
     "$1" -m vitup_fast.cli info || exit 1
     uname -a
     nvidia-smi || true
@@ -123,7 +130,7 @@ environment() {
 }
 
 correctness() {
-  bench correctness 110 correctness "${quick[@]}" ${some[@]+--operation "${some[@]}"} ${some[@]+--dtype "${dtypes[@]}"}
+  bench correctness 100 correctness "${quick[@]}" ${some[@]+--operation "${some[@]}"} ${some[@]+--dtype "${dtypes[@]}"}
 }
 
 sanitizer() {
@@ -153,20 +160,20 @@ peaks() { bench peaks 15 peaks --dtype float32 bfloat16 --repeats "$([[ $device 
 
 operations() {
   timed operations 30 operations --preset "$splus" --dtype "${dtypes[@]}" --queries "$queries" --no-compile
-  timed operations_backward 25 operations --preset "$splus" --dtype "${dtypes[@]}" --queries "$queries" --no-compile \
+  timed operations_backward 25 "$backward" --preset "$splus" --dtype "${dtypes[@]}" --queries "$queries" --no-compile \
     --backward
 }
 
 compiled() {
-  local preset limit=65
+  local preset limit=60
   for preset in "${both[@]}"; do
     timed "compiled_$preset" "$limit" end_to_end --preset "$preset" --dtype "${dtypes[@]}" --dense "${compared[@]}"
-    limit=50
+    limit=45
   done
 }
 
 end_to_end() {
-  timed end_to_end 80 end_to_end --preset "${both[@]}" --dtype "${dtypes[@]}" --no-compile \
+  timed end_to_end 105 end_to_end --preset "${both[@]}" --dtype "${dtypes[@]}" --no-compile \
     --dense "${dense[@]}" --sparse "${sparse[@]}"
 }
 

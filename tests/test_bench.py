@@ -763,7 +763,7 @@ def test_peaks_are_written_with_what_they_depend_on(fake_probes, monkeypatch, tm
 
 
 def run_gpu(*arguments, **environment):
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "2", **environment}
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
     command = ["bash", str(ROOT / "bench" / "run_gpu.sh"), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
 
