@@ -79,6 +79,17 @@ def _modules(path: Path) -> dict[str, ModuleType]:
     return modules
 
 
+class _Cast(nn.Module):
+    """Casts sampled features to the compute type, which the walk of the queries then keeps."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+
 def build(path: Path, net: ViTUp) -> nn.Module:
     """Assemble the authors' network in the sizes of ``net``, with its weights and on its device.
 
@@ -119,7 +130,7 @@ def build(path: Path, net: ViTUp) -> nn.Module:
     try:
         reference = m["model.vit_up"].ViTUp(
             layer_indices=list(config.layer_indices),
-            query_embedding=m["layers.query_encoder"].QueryEncoder(pixels),
+            query_embedding=m["layers.query_encoder"].QueryEncoder(pixels, out_proj_module=_Cast(net.dtype)),
             rel_pos_enc=m["layers.pos_enc"].FourierPositionalEncoding(
                 POSITION_CODE_BANDS, POSITION_CODE_MAX_RESOLUTION
             ),
@@ -141,11 +152,12 @@ def build(path: Path, net: ViTUp) -> nn.Module:
 def features(reference: nn.Module, hidden: list[Tensor], grid: Tensor, coords: Tensor) -> list[Tensor]:
     """Compute features of all depths, L times ``[1, N, D]``, from hidden states and patch grid.
 
-    In half precision it runs under autocast, as its authors do, but with float32 coordinates, which they round.
+    In half precision it runs under autocast, as its authors do, but with float32 coordinates, which they round: also
+    to the dtype of the patch grid, so that is widened.
     """
     cache = {
         "layer_hidden_states_hwc": hidden,
-        "query_embedding_cache_data": {"last_hidden_state_hwc": grid},
+        "query_embedding_cache_data": {"last_hidden_state_hwc": grid.float()},
     }
     dtype = grid.dtype
     lowered = dtype in (torch.bfloat16, torch.float16)

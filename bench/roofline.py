@@ -18,7 +18,7 @@ from vitup_fast.bench.harness import check_writable, exit_code
 
 from vitup_fast.errors import expected, require
 
-MARKERS = "osD^vP*X<>hdp8"
+MARKERS = [*"osD^vPX<>hd*", *(f"${letter}$" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ")]
 Report = Mapping[str, Any]
 
 
@@ -112,11 +112,14 @@ def _draw_panel(axis: Any, reports: Sequence[Report], colours: Mapping, markers:
     for (name, rate), style in zip(roofs.items(), ("-", "--"), strict=False):
         top = matrix / rate
         axis.plot([left, top], [left * rate / 1e12, matrix / 1e12], style, color="black", linewidth=1.5)
+        middle = (left * top) ** 0.5
+        above = rate > min(roofs.values())
         axis.annotate(
             f"{name} {rate / 1e9:.0f} GB/s",
-            (left, left * rate / 1e12),
-            xytext=(6, 12 if name == "L2 copy" else -12),
+            (middle, middle * rate / 1e12),
+            xytext=(-6, 4) if above else (6, -8),
             textcoords="offset points",
+            ha="right" if above else "left",
             fontsize=8,
         )
     for title, provider, intensity, rate in points:
@@ -126,14 +129,14 @@ def _draw_panel(axis: Any, reports: Sequence[Report], colours: Mapping, markers:
             marker=markers[title],
             color=colours[provider],
             markersize=7,
-            markeredgecolor="white",
+            markeredgecolor=colours[provider] if "$" in markers[title] else "white",
             markeredgewidth=0.6,
             alpha=0.9,
         )
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(left, right)
-    axis.set_ylim(top=matrix / 1e12 * 2)
+    axis.set_ylim(top=2 * max(matrix, *(rate for *_, rate in points)) / 1e12)
     axis.set_xlabel("FLOP per byte of least traffic")
     axis.grid(True, which="major", linewidth=0.3)
 
