@@ -305,11 +305,12 @@ def network_case(
             baseline = "reference, compiled"
             ways[baseline] = theirs, in_pieces(torch.compile(reference.features, dynamic=False), backward)
     refused = dict(refused or {})
+    ours = copy.deepcopy(net)  # what a network keeps from its runs is counted anew in each case
     for impl in impls:
-        ways[impl] = net, by_library(impl, side, None, backward)
+        ways[impl] = ours, by_library(impl, side, None, backward)
         for chunk in chunks:
             name = f"{impl}, chunk {chunk}"
-            ways[name] = net, by_library(impl, side, chunk, backward)
+            ways[name] = ours, by_library(impl, side, chunk, backward)
             if impl in refused:
                 refused[name] = refused[impl]
 

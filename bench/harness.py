@@ -161,6 +161,7 @@ class Row:
         accurate: whether it passed.
         failure: why there is no time.
         memory: on a GPU, peak bytes of a run beyond its result and the image cache.
+        kept: on a GPU, bytes that the first run left allocated for later ones: folded weights, workspaces, graphs.
         seconds: median time of a run.
         fastest_seconds: least time of a run.
         rate: units per second.
@@ -174,6 +175,7 @@ class Row:
     accurate: bool
     failure: str | None = None
     memory: int | None = None
+    kept: int | None = None
     seconds: float | None = None
     fastest_seconds: float | None = None
     rate: float | None = None
@@ -223,7 +225,7 @@ class Report:
         lines.append(
             f"  {'provider':<24}{'median ms':>10}{'goal ms' if with_goal else '':>{10 * with_goal}}{'min ms':>10}"
             f"{self.unit + '/s':>14}{'x ' + self.baseline:>{max(12, len(self.baseline) + 4)}}{'% of peak':>11}"
-            f"{'MB beyond' if with_memory else '':>{12 * with_memory}}{'error':>11}{'x eager':>9}"
+            f"{'MB beyond   MB kept' if with_memory else '':>{22 * with_memory}}{'error':>11}{'x eager':>9}"
         )
         for row in self.rows:
             accuracy = "" if row.error is None else f"{row.error:>11.2e}{row.error_ratio:>9.2f}"
@@ -232,7 +234,7 @@ class Report:
                 continue
             ours = row.provider not in YARDSTICKS
             aim = f"{1e3 * goal.seconds:>10.2f}" if with_goal and ours else " " * 10 * with_goal
-            memory = f"{row.memory / 1e6:>12.1f}" if with_memory and row.memory is not None else ""
+            memory = f"{row.memory / 1e6:>12.1f}{row.kept / 1e6:>10.1f}" if row.memory is not None else ""
             speedup = f"{row.speedup:.2f}" if row.speedup is not None else "-"
             lines.append(
                 f"  {row.provider:<24}{1e3 * row.seconds:>10.2f}{aim}{1e3 * row.fastest_seconds:>10.2f}"
@@ -400,14 +402,19 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
 
-def peak_memory(case: Case, run: Run) -> int | None:
-    """Run once on a GPU and return the peak of allocated bytes beyond the result and the image cache."""
-    if case.device.type != "cuda":
-        return None
+def allocated(device: torch.device) -> int:
+    """Return bytes of GPU memory in use by tensors, garbage collected; 0 on the CPU."""
+    if device.type != "cuda":
+        return 0
     gc.collect()
-    torch.cuda.synchronize(case.device)
+    torch.cuda.synchronize(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def peak_memory(case: Case, run: Run) -> int:
+    """Run once on a GPU and return the peak of allocated bytes beyond the result and the image cache."""
+    before = allocated(case.device)
     torch.cuda.reset_peak_memory_stats(case.device)
-    before = torch.cuda.memory_allocated(case.device)
     result = sum(t.nbytes for t in tensors(run()))
     torch.cuda.synchronize(case.device)
     return torch.cuda.max_memory_allocated(case.device) - before - result - case.cache_bytes
@@ -423,9 +430,13 @@ def judge_all(case: Case, providers: Mapping[str, Run]) -> list[Row]:
         row = Row(name, None, None, False, case.refused.get(name))
         if row.failure is not None:
             return row
+        before = allocated(case.device)
         try:
             row = judge(name, eager if name == "eager" else tensors(checks[name]()), eager, exact)
-            return replace(row, memory=peak_memory(case, providers[name])) if row.accurate else row
+            if not row.accurate or case.device.type != "cuda":
+                return row
+            kept = allocated(case.device) - before
+            return replace(row, memory=peak_memory(case, providers[name]), kept=kept)
         except Exception as error:
             return replace(row, failure=reason(error))
 

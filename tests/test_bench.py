@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -204,6 +205,22 @@ def test_goal_stands_beside_the_figure(fake_probes):
     assert "goal" not in measure(case_of({}, exact, exact.float()), 1, cpu_stopwatch).table()
 
 
+def test_memory_is_measured_on_a_gpu(fake_probes, monkeypatch):
+    exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    # In use before and after the check of eager, before its run; the same of the other, which keeps 3 MB.
+    in_use = iter([0, 0, 0, 0, 3 * 10**6, 3 * 10**6])
+    peaks = iter([10**6 + 8, 7 * 10**6 + 8])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(in_use))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
+    case = case_of({"fast": exact.float()}, exact, exact.float(), cache_bytes=2 * 10**6)
+    case = dataclasses.replace(case, device=torch.device("cuda"))
+    rows = harness.judge_all(case, {"eager": case.eager, **case.providers})
+    # The result has 8 bytes.
+    assert [(row.memory, row.kept) for row in rows] == [(-(10**6), 0), (2 * 10**6, 3 * 10**6)]
+
+
 def test_goals_are_those_of_one_gpu(monkeypatch):
     cuda, splus, base = torch.device("cuda"), *map(ViTUpConfig.preset, ("dinov3_splus", "dinov3_base"))
     monkeypatch.setattr(end_to_end, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
@@ -344,7 +361,7 @@ def test_network_command_writes_the_promised_fields(fake_probes, tmp_path, capsy
     assert names == ["eager", "torch"]
     for row in dense["rows"]:
         assert set(row) == {
-            *("provider", "error", "error_ratio", "accurate", "failure", "memory"),
+            *("provider", "error", "error_ratio", "accurate", "failure", "memory", "kept"),
             *("seconds", "fastest_seconds", "rate", "speedup", "fraction_of_peak"),
         }
     assert "torch" in capsys.readouterr().out
