@@ -5,17 +5,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from vitup_fast.bench.harness import OperationCase, Work, exit_code, operation_main, real_sizes
 
+from vitup_fast import ViTUpConfig
 
-def cases(options: argparse.Namespace, itemsize: int) -> list[OperationCase]:
+
+def cases(config: ViTUpConfig, queries: int, itemsize: int) -> list[OperationCase]:
     """Sample N queries from a 224 x 224 grid; each reads four rows and writes one."""
-    sizes = real_sizes(options)
-    work = Work(flops=0, bytes=sizes.N * (5 * sizes.D * itemsize + 8))
+    sizes = real_sizes(config, queries)
+    work = Work(flops=8 * sizes.N * sizes.D, bytes=sizes.N * (5 * sizes.D * itemsize + 8))
     return [OperationCase("bilinear_sample", "bilinear_sample", sizes, work)]
 
 

@@ -1,40 +1,52 @@
 """Benchmark of the whole upsampler: from hidden states and fine patch grid to features.
 
-``python -m vitup_fast.bench.end_to_end --device cpu``
+``python -m vitup_fast.bench.end_to_end --device cpu``; ``--suite`` for the published list of sizes.
 
 Providers, from the same random weights and inputs, ``prepare`` included in every run:
 
-- ``eager``: a plain transcription of the definition, all queries in one chunk. As in the authors' code, keys,
-  values and the decoders of all depths are computed for each chunk of queries.
+- ``eager``: a plain transcription of the definition, up to 448 x 448 queries at once. As in the authors' code,
+  keys, values and the decoders of all depths are computed for each of these chunks.
 - ``compiled``: ``torch.compile`` of exactly that.
-- ``vitup_fast``: this library; ``dense`` on a grid, ``forward`` at scattered coordinates.
+- ``reference`` and ``reference, compiled``: the authors' code, if ``VITUP_REFERENCE`` names a checkout of it.
+- this library by implementation (``torch``, ...): ``dense`` on a grid, ``forward`` at scattered coordinates.
+
+Where there are many queries, a random sample of them is judged: the definition runs at their coordinates alone, and
+their rows of each provider's whole result are compared. Gradients are compared for cotangents that are zero elsewhere.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import ctypes
+import functools
 import math
 import multiprocessing
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from vitup_fast.bench import reference
 from vitup_fast.bench.harness import (
     BACKWARD_FACTOR,
     Case,
+    Goal,
+    Report,
     Run,
     Work,
     device_name,
     exit_code,
+    finish,
+    fresh_start,
     make_parser,
     measure,
     parse,
+    refusals,
     versions,
     write_json,
 )
@@ -47,8 +59,28 @@ TOKEN_GRID = (28, 28)
 PATCH_GRID = (224, 224)
 DENSE_SIDE = 448
 MEMORY_GOAL = 512 * 10**6
+# The authors' wrapper takes all queries at once; their evaluation settings take this many.
+CHUNK_QUERIES = 448 * 448
+# Queries whose features and gradients are judged, where there are more.
+JUDGED_QUERIES = 4096
+DENSE_SUITE = (224, 448, 896, 1024, 2048)
+SPARSE_SUITE = (100, 1000, 4096)
 
-Features = Callable[[ViTUp, list[Tensor], Tensor, Tensor], list[Tensor]]
+# What is aimed at on one H100 in bfloat16, by feature width: seconds and floor of dense sides, seconds of counts of
+# scattered queries, and of forward and backward.
+GOAL_DEVICE = "H100"
+GOAL_MEMORY = 128 * 10**6
+DENSE_GOALS = {
+    (384, 448): (15.5e-3, 12.6e-3),
+    (384, 1024): (81e-3, 66e-3),
+    (768, 448): (52e-3, 47e-3),
+    (768, 1024): (270e-3, 245e-3),
+}
+SPARSE_GOALS = {(384, 4096): 0.5e-3}
+TRAINING_GOALS = {(384, 75000): 25e-3, (768, 75000): 94e-3}
+SPEEDUP_GOALS = {384: 2.5, 768: 1.9}
+
+Features = Callable[[nn.Module, list[Tensor], Tensor, Tensor], list[Tensor]]
 
 
 def query_flops(config: ViTUpConfig, tokens: int, position_mlp: bool) -> int:
@@ -74,6 +106,16 @@ def least_work(
     return Work(queries * (query_flops(config, tokens, position_mlp) + decoders) + prepare)
 
 
+def pieces(count: int, limit: int = CHUNK_QUERIES) -> list[slice]:
+    """Cut queries into the fewest pieces of at most ``limit`` that are equally long, or nearly where none are.
+
+    Equal pieces matter to ``torch.compile``, which specialises for each length anew.
+    """
+    least = max(1, math.ceil(count / limit))
+    number = next((n for n in range(least, 2 * least) if count % n == 0), least)
+    return [slice(i * count // number, (i + 1) * count // number) for i in range(number)]
+
+
 def grid_coords(side: int, device: torch.device) -> Tensor:
     """Return cell centres of a square grid, row by row, in float64: ``[1, side * side, 2]``."""
     centres = (torch.arange(side, dtype=torch.float64) + 0.5) / side
@@ -87,17 +129,66 @@ def by_definition(net: ViTUp, hidden: list[Tensor], grid: Tensor, coords: Tensor
     return net(cache, coords, return_all_layers=True, impl="reference", query_chunk_size=coords.shape[1])
 
 
-def by_library(side: int | None, chunk: int | None, all_layers: bool) -> Features:
+def in_pieces(step: Features, all_layers: bool) -> Features:
+    """Walk queries in :func:`pieces`; keep the features of all depths, or those of the last."""
+
+    def features(net: nn.Module, hidden: list[Tensor], grid: Tensor, coords: Tensor) -> list[Tensor]:
+        kept = []
+        for span in pieces(coords.shape[1]):
+            layers = step(net, hidden, grid, coords[:, span])
+            kept.append(layers if all_layers else layers[-1:])
+        return kept[0] if len(kept) == 1 else [torch.cat(layer, dim=1) for layer in zip(*kept, strict=True)]
+
+    return features
+
+
+def by_library(impl: str, side: int | None, chunk: int | None, all_layers: bool) -> Features:
     """Return this library's way: ``dense`` on a grid of ``side`` rows, without one ``forward``."""
 
     def features(net: ViTUp, hidden: list[Tensor], grid: Tensor, coords: Tensor) -> list[Tensor]:
-        cache = net.prepare(hidden, grid)
-        options = {"return_all_layers": all_layers, "query_chunk_size": chunk}
+        cache = net.prepare(hidden, grid, impl=impl)
+        options = {"return_all_layers": all_layers, "query_chunk_size": chunk, "impl": impl}
         output = net(cache, coords, **options) if side is None else net.dense(cache, (side, side), **options)
         layers = output if all_layers else [output]
         return [layer.view(1, -1, layer.shape[-1]) for layer in layers]
 
     return features
+
+
+def goal_for(
+    config: ViTUpConfig,
+    queries: int,
+    side: int | None,
+    backward: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Goal | None:
+    """Return what is aimed at, which is known for one GPU and bfloat16 only."""
+    if device.type != "cuda" or dtype != torch.bfloat16 or GOAL_DEVICE not in device_name(device):
+        return None
+    D = config.dim
+    if backward:
+        seconds = TRAINING_GOALS.get((D, queries))
+        return None if seconds is None else Goal(GOAL_DEVICE, seconds)
+    if side is None:
+        return Goal(GOAL_DEVICE, SPARSE_GOALS.get((D, queries)), memory=GOAL_MEMORY)
+    seconds, floor = DENSE_GOALS.get((D, side), (None, None))
+    return Goal(GOAL_DEVICE, seconds, floor, SPEEDUP_GOALS.get(D), GOAL_MEMORY)
+
+
+@functools.lru_cache(maxsize=1)
+def network_and_image(
+    config: ViTUpConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    token_grid: tuple[int, int],
+    patch_grid: tuple[int, int],
+) -> tuple[ViTUp, list[Tensor], Tensor]:
+    """Draw a network, hidden states and patch grid; the last ones drawn serve all sizes of one preset."""
+    generator = torch.Generator().manual_seed(0)
+    net = random_network(config, generator, dtype=dtype, device=device)
+    options = {"token_grid": token_grid, "patch_grid": patch_grid, "dtype": dtype, "device": device}
+    return net, *random_image(config, generator, **options)
 
 
 def network_case(
@@ -107,10 +198,13 @@ def network_case(
     device: torch.device,
     dtype: torch.dtype,
     *,
+    impls: Sequence[str] = ("torch",),
+    refused: Mapping[str, str] | None = None,
     backward: bool = False,
     autocast: bool = False,
     compiled: bool = True,
     chunks: Sequence[int] = (),
+    judged: int = JUDGED_QUERIES,
     token_grid: tuple[int, int] = TOKEN_GRID,
     patch_grid: tuple[int, int] = PATCH_GRID,
 ) -> Case:
@@ -122,87 +216,138 @@ def network_case(
         dense: cell centres of a grid, else random coordinates.
         device: where to run.
         dtype: dtype of parameters and inputs; under autocast they are float32 and this is the compute type.
+        impls: implementations of this library to include.
+        refused: implementations that shall not run, with the reason.
         backward: train: outputs of all depths, and gradients of all parameters and of the image.
         autocast: run every provider under autocast.
         compiled: include ``torch.compile``.
         chunks: also run this library with these chunk sizes.
+        judged: queries to judge where there are more.
         token_grid: rows and columns of the tokens.
         patch_grid: rows and columns of the fine patch grid.
 
     Raises:
-        InputError: a dense case whose number of queries is no square.
+        InputError: a dense case whose number of queries is no square; ``VITUP_REFERENCE`` names no checkout.
     """
     side = math.isqrt(queries) if dense else None
     if side is not None and side**2 != queries:
         raise expected("--queries", "a square number, like 3136 for 56 x 56", queries)
-    generator = torch.Generator().manual_seed(0)
     parameters = torch.float32 if autocast else dtype
-    net = random_network(config, generator, dtype=parameters, device=device).requires_grad_(backward)
-    image = random_image(
-        config, generator, token_grid=token_grid, patch_grid=patch_grid, dtype=parameters, device=device
-    )
+    net, hidden, grid = network_and_image(config, parameters, device, token_grid, patch_grid)
+    net.requires_grad_(backward)
+    generator = torch.Generator().manual_seed(1)
     scattered = torch.rand(1, queries, 2, generator=generator).to(device)
     # Nobody but the float64 definition gets the cell centres of a grid exactly.
     exact_coords = scattered if side is None else grid_coords(side, device)
-    layers = config.num_layers if backward else 1
+    sample = torch.randperm(queries, generator=generator)[:judged].sort().values.to(device)
+    layers = config.num_layers if backward else 0
     cotangents = [torch.randn(1, queries, config.dim, generator=generator).to(device) for _ in range(layers)]
+    names = [name for name, _ in net.named_parameters()]
+    cast = dtype if autocast else None
 
-    def runner(net: ViTUp, features: Features, cast: torch.dtype | None = None) -> Run:
-        hidden, grid = [t.to(net.dtype) for t in image[0]], image[1].to(net.dtype)
-        coords = exact_coords if net.dtype == torch.float64 else exact_coords.float()
-        leaves = [*net.parameters(), *hidden[1:], grid]
-        context = (lambda: torch.autocast(device.type, cast)) if cast is not None else contextlib.nullcontext
+    def run_of(
+        module: nn.Module,
+        features: Features,
+        coords: Tensor,
+        cotangents: list[Tensor],
+        kind: torch.dtype = parameters,
+    ) -> Run:
+        """Return the last features, or all of them and the gradients, from inputs of a dtype."""
+        own = dict(module.named_parameters())
+        weights = [own[name] for name in names]
+        inputs = [h.to(kind) for h in hidden], grid.to(kind)
+        coords = coords if kind == torch.float64 else coords.float()
+        lowered = cast is not None and kind != torch.float64
+        context = (lambda: torch.autocast(device.type, cast)) if lowered else contextlib.nullcontext
         if not backward:
 
             def infer() -> Tensor:
                 with torch.no_grad(), context():
-                    return features(net, hidden, grid, coords)[-1]
+                    return features(module, *inputs, coords)[-1]
 
             return infer
-        for leaf in leaves:
-            leaf.requires_grad_()
+        inputs = [h.detach().requires_grad_() for h in inputs[0]], inputs[1].detach().requires_grad_()
+        leaves = [*weights, *inputs[0][1:], inputs[1]]
 
         def train() -> list[Tensor]:
             with context():
-                outputs = features(net, hidden, grid, coords)
-            grads = torch.autograd.grad(
-                outputs, leaves, [c.to(y.dtype) for c, y in zip(cotangents, outputs, strict=True)]
-            )
-            weights = len(grads) - len(hidden[1:]) - 1
-            groups = (grads[:weights], grads[weights:-1], grads[-1:])
-            flat = [torch.cat([g.flatten() for g in group]) for group in groups]
+                outputs = features(module, *inputs, coords)
+            seeds = [c.to(y.dtype) for c, y in zip(cotangents, outputs, strict=True)]
+            grads = torch.autograd.grad(outputs, leaves, seeds)
+            groups = (grads[: len(weights)], grads[len(weights) : -1], grads[-1:])
+            flat = [torch.cat([g.flatten().to(kind) for g in group]) for group in groups]
             return [*(y.detach() for y in outputs), *flat]
 
         return train
 
-    cast = dtype if autocast else None
-    providers = {}
-    if compiled:
-        providers["compiled"] = runner(net, torch.compile(by_definition, dynamic=False), cast)
-    providers["vitup_fast"] = runner(net, by_library(side, None, backward), cast)
-    for chunk in chunks:
-        providers[f"vitup_fast, chunk {chunk}"] = runner(net, by_library(side, chunk, backward), cast)
+    def check_of(module: nn.Module, features: Features) -> Run:
+        """Return the judged rows of a whole result, and the gradients of what is done with these rows."""
 
-    tokens = token_grid[0] * token_grid[1]
-    factor = BACKWARD_FACTOR if backward else 1
+        def check() -> list[Tensor]:
+            seeds = [torch.zeros_like(c).index_copy_(1, sample, c[:, sample]) for c in cotangents]
+            result = run_of(module, features, exact_coords, seeds)()
+            result = [result] if isinstance(result, Tensor) else result
+            outputs = max(1, layers)
+            return [*(y[:, sample] for y in result[:outputs]), *result[outputs:]]
+
+        return check
+
+    ways: dict[str, tuple[nn.Module, Features]] = {}
+    if compiled:
+        ways["compiled"] = net, in_pieces(torch.compile(by_definition, dynamic=False), backward)
+    baseline = "compiled" if compiled else "eager"
+    path = reference.checkout()
+    if path is not None:
+        theirs = reference.build(path, net).requires_grad_(backward)
+        ways["reference"] = theirs, in_pieces(reference.features, backward)
+        baseline = "reference"
+        if compiled:
+            baseline = "reference, compiled"
+            ways[baseline] = theirs, in_pieces(torch.compile(reference.features, dynamic=False), backward)
+    refused = dict(refused or {})
+    ours = copy.deepcopy(net)  # what a network keeps from its runs is counted anew in each case
+    for impl in impls:
+        ways[impl] = ours, by_library(impl, side, None, backward)
+        for chunk in chunks:
+            name = f"{impl}, chunk {chunk}"
+            ways[name] = ours, by_library(impl, side, chunk, backward)
+            if impl in refused:
+                refused[name] = refused[impl]
+
+    few_coords, few_cotangents = exact_coords[:, sample], [c[:, sample] for c in cotangents]
+    checks = {name: check_of(*way) for name, way in ways.items()}
+    double = copy.deepcopy(net).double(), in_pieces(by_definition, backward)
+    checks["eager"] = run_of(net, in_pieces(by_definition, backward), few_coords, few_cotangents)
+
+    D, tokens, itemsize = config.dim, token_grid[0] * token_grid[1], dtype.itemsize
     work = least_work(config, tokens, queries, position_mlp=not dense, all_layers=backward)
+    patches = min(4 * queries, patch_grid[0] * patch_grid[1])
+    numbers = (config.num_layers * tokens + patches + max(1, layers) * queries) * D
+    traffic = (sum(p.numel() for p in net.parameters()) + numbers) * itemsize
+    factor = BACKWARD_FACTOR if backward else 1
     where = f"grid {side} x {side}" if dense else f"{queries} scattered queries"
     mode = f"{', autocast' if autocast else ''}{', forward and backward' if backward else ''}"
     return Case(
-        title=f"ViT-Up D={config.dim}, {where}{mode}",
+        title=f"ViT-Up D={D}, {where}{mode}",
         count=queries,
         unit="queries",
-        work=Work(factor * work.flops),
-        eager=runner(net, by_definition, cast),
-        providers=providers,
-        exact=runner(copy.deepcopy(net).double(), by_definition),
-        baseline="compiled" if compiled else "eager",
+        work=Work(factor * work.flops, factor * traffic),
+        eager=run_of(net, in_pieces(by_definition, backward), exact_coords, cotangents),
+        providers={n: run_of(*way, exact_coords, cotangents) for n, way in ways.items()},
+        exact=run_of(*double, few_coords, few_cotangents, torch.float64),
+        baseline=baseline,
         device=device,
         dtype=dtype,
         detail={
             "MFLOP/query with position MLP": round(query_flops(config, tokens, True) / 1e6, 1),
             "without": round(query_flops(config, tokens, False) / 1e6, 1),
+            "judged queries": len(sample),
         },
+        checks=checks,
+        refused=refused,
+        # Keys, values and normalised tokens; the patch grid is the caller's.
+        cache_bytes=0 if backward else (config.num_layers - 1) * 3 * tokens * D * itemsize,
+        goal=goal_for(config, queries, side, backward, device, dtype),
     )
 
 
@@ -312,9 +457,16 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     Raises:
         InputError: a device that is not there, a count that does not fit, a JSON path that cannot be written.
     """
-    parser = make_parser("Benchmark of the whole upsampler, on a grid and at scattered coordinates.")
+    parser = make_parser("Benchmark of the whole upsampler, on a grid and at scattered coordinates.", 448**2)
     parser.prog = prog or parser.prog
     add = parser.add_argument
+    add("--dense", nargs="+", type=int, metavar="SIDE", help="grids of these sides instead of --queries")
+    add("--sparse", nargs="+", type=int, metavar="N", help="these scattered queries instead of --queries")
+    add(
+        "--suite",
+        action="store_true",
+        help=f"--dense {' '.join(map(str, DENSE_SUITE))} --sparse {' '.join(map(str, SPARSE_SUITE))}",
+    )
     add("--autocast", action="store_true", help="float32 parameters, --dtype is the autocast type")
     add("--chunks", nargs="+", type=int, default=[], metavar="N", help="also try these chunk sizes")
     add(
@@ -327,29 +479,63 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         options.dtype = [dtype for dtype in options.dtype if dtype != torch.float32]
         if not options.dtype:
             raise expected("--autocast", "--dtype bfloat16 or float16", "float32 alone")
-    reports = []
-    for dtype in options.dtype:
-        if options.memory:
-            side = DENSE_SIDE // 4 if options.quick else DENSE_SIDE
-            reports.append(dense_memory_apart(options.config, side, options.device, dtype))
-            print(reports[-1].table(), flush=True)
-            continue
-        for dense in (True, False):
-            case = network_case(
-                options.config,
-                options.queries,
-                dense,
-                options.device,
-                dtype,
-                backward=options.backward,
-                autocast=options.autocast,
-                compiled=options.compile,
-                chunks=options.chunks,
-            )
-            reports.append(measure(case, options.repeats))
-            print(reports[-1].table(), flush=True)
+    reference.checkout()  # a wrong path is told before anything is computed
+    if options.memory:
+        return memory_main(options)
+    return finish(reports(options, sizes(options)), options)
+
+
+def sizes(options: argparse.Namespace) -> list[tuple[int, bool]]:
+    """List numbers of queries, each with whether they form a grid.
+
+    Raises:
+        InputError: a size below 1.
+    """
+    dense, sparse = options.dense, options.sparse
+    if options.suite:
+        dense, sparse = dense or DENSE_SUITE, sparse or SPARSE_SUITE
+    if dense is None and sparse is None:
+        return [(options.queries, True), (options.queries, False)]
+    for name, values in (("--dense", dense), ("--sparse", sparse)):
+        if min(values or (1,)) < 1:
+            raise expected(name, "positive integers", list(values))
+    return [*((side**2, True) for side in dense or ()), *((count, False) for count in sparse or ())]
+
+
+def reports(options: argparse.Namespace, sizes: Sequence[tuple[int, bool]]) -> Iterator[Report]:
+    """Measure one case after the other."""
+    for config in options.configs.values():
+        for dtype in options.dtype:
+            for queries, dense in sizes:
+                fresh_start()
+                case = network_case(
+                    config,
+                    queries,
+                    dense,
+                    options.device,
+                    dtype,
+                    impls=options.impl,
+                    refused=refusals(options, None, dtype),
+                    backward=options.backward,
+                    autocast=options.autocast,
+                    compiled=options.compile,
+                    chunks=options.chunks,
+                )
+                report = measure(case, options.repeats, patience=options.seconds)
+                del case  # its tensors, before the next case is set up
+                yield report
+
+
+def memory_main(options: argparse.Namespace) -> int:
+    """Report the memory of dense passes in fresh processes."""
+    side = DENSE_SIDE // 4 if options.quick else DENSE_SIDE
+    found = []
+    for config in options.configs.values():
+        for dtype in options.dtype:
+            found.append(dense_memory_apart(config, side, options.device, dtype))
+            print(found[-1].table(), flush=True)
     if options.json is not None:
-        write_json(options.json, [asdict(report) for report in reports])
+        write_json(options.json, [asdict(report) for report in found])
     return 0
 
 

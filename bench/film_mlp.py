@@ -5,19 +5,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from vitup_fast.bench.harness import OperationCase, Work, exit_code, operation_main, real_sizes
 
+from vitup_fast import ViTUpConfig
 
-def cases(options: argparse.Namespace, itemsize: int) -> list[OperationCase]:
+
+def cases(config: ViTUpConfig, queries: int, itemsize: int) -> list[OperationCase]:
     """Count the MLP (D -> 4D -> D), and for scattered queries the position MLP (66 -> D -> 2D) before it.
 
     Queries of the table lie on a 32 x 32 grid of tokens, whose cell centres float32 holds exactly.
     """
-    sizes = real_sizes(options)
+    sizes = real_sizes(config, queries)
     N, D = sizes.N, sizes.D
     mlp, position = 8 * D**2, 2 * D**2 + 66 * D
     traffic = 2 * N * D + D * sizes.token_grid[0] * sizes.token_grid[1] + mlp

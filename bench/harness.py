@@ -2,13 +2,16 @@
 
 A *provider* is a named callable. All providers of a case are judged against float64 before anything is timed;
 one whose error exceeds :data:`ERROR_LIMIT` times that of plain eager PyTorch gets no time. The others run
-round robin with probes of the machine's peaks (matrix product, memory copy), so that noise hits all alike.
+round robin with probes of the machine's peaks (matrix product, memory copy, on a GPU also a copy within its L2
+cache), so that noise hits all alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
+import importlib.metadata
 import json
 import math
 import os
@@ -17,8 +20,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitup_fast import InputError, ViTUpConfig, __version__
-from vitup_fast.errors import expected
+from vitup_fast.errors import MissingPackageError, expected, require
+from vitup_fast.ops import implementations
 from vitup_fast.ops.primitives import linear, pack
 from vitup_fast.testing import (
     OPERATIONS,
@@ -44,6 +48,11 @@ from vitup_fast.testing import (
 ERROR_LIMIT = 1.5
 # A backward pass costs two matrix products for each of the forward pass; recomputation is not counted.
 BACKWARD_FACTOR = 3
+# Rounds that are measured however long they take.
+LEAST_ROUNDS = 3
+# Providers that are not this library's.
+YARDSTICKS = ("eager", "compiled", "reference", "reference, compiled")
+PRESETS = ("dinov3_splus", "dinov3_base", "tiny")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Run = Callable[[], Tensor | Sequence[Tensor]]
@@ -70,15 +79,36 @@ class Peaks:
         matrix: rate of the fastest matrix product in FLOP/s.
         matrix_probe: which call that was.
         copy: rate of a memory copy in bytes/s, read plus written.
+        l2: the same of copies that stay in a GPU's L2 cache; None on the CPU.
     """
 
     matrix: float
     matrix_probe: str
     copy: float
+    l2: float | None = None
 
     def least_seconds(self, work: Work) -> float:
         """Time of the work at these peaks, computation and traffic overlapping."""
         return max(work.flops / self.matrix, work.bytes / self.copy)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is aimed at for a case on one kind of device.
+
+    Attributes:
+        device: the device it is meant for.
+        seconds: time of a run.
+        floor: time of a run at the machine's matrix peak; None if nobody worked it out.
+        speedup: how many times faster than the compiled reference.
+        memory: bytes beyond output, weights and image cache.
+    """
+
+    device: str
+    seconds: float | None = None
+    floor: float | None = None
+    speedup: float | None = None
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,11 +122,15 @@ class Case:
         work: what the result needs at the least.
         eager: plain PyTorch in the same dtype: a provider, and the yardstick of accuracy.
         providers: the others; each returns the same tensors as ``eager``.
-        exact: the same tensors in float64 from the same inputs, widened.
+        exact: what is judged, in float64 from the same inputs, widened.
         baseline: provider to which times are compared.
         device: where it runs.
         dtype: compute type.
         detail: further facts for the report.
+        checks: per provider, how to get what ``exact`` returns, where its run returns something else.
+        refused: providers that shall not run, with the reason.
+        cache_bytes: memory of the image cache that every run fills, which its peak memory leaves out.
+        goal: what is aimed at on this device.
     """
 
     title: str
@@ -110,17 +144,24 @@ class Case:
     device: torch.device
     dtype: torch.dtype
     detail: Mapping[str, object] = field(default_factory=dict)
+    checks: Mapping[str, Run] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    cache_bytes: int = 0
+    goal: Goal | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of one provider; times are None if it is too inaccurate to be timed.
+    """What is known of one provider; times are None if it is too inaccurate to be timed, or fails.
 
     Attributes:
         provider: its name.
-        error: largest relative error of its tensors against float64.
-        error_ratio: largest error in units of eager's for the same tensor, up to :data:`ERROR_LIMIT`.
+        error: largest relative error of its tensors against float64; None if there is no result.
+        error_ratio: largest error in units of eager's for the same tensor, at most :data:`ERROR_LIMIT` to pass.
         accurate: whether it passed.
+        failure: why there is no time.
+        memory: on a GPU, peak bytes of a run beyond its result and the image cache.
+        kept: on a GPU, bytes that the first run left allocated for later ones: folded weights, workspaces, graphs.
         seconds: median time of a run.
         fastest_seconds: least time of a run.
         rate: units per second.
@@ -129,9 +170,12 @@ class Row:
     """
 
     provider: str
-    error: float
-    error_ratio: float
+    error: float | None
+    error_ratio: float | None
     accurate: bool
+    failure: str | None = None
+    memory: int | None = None
+    kept: int | None = None
     seconds: float | None = None
     fastest_seconds: float | None = None
     rate: float | None = None
@@ -155,31 +199,62 @@ class Report:
     baseline: str
     peaks: Peaks
     detail: dict[str, object]
+    goal: Goal | None
     rows: list[Row]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every provider of this library was timed."""
+        return all(row.failure is None for row in self.rows if row.provider not in YARDSTICKS)
 
     def table(self) -> str:
         """Lay the report out for a terminal."""
-        work = Work(**self.work)
+        work, peaks, goal = Work(**self.work), self.peaks, self.goal
         facts = ", ".join(f"{name} {value}" for name, value in self.detail.items())
+        l2 = "" if peaks.l2 is None else f", L2 {peaks.l2 / 1e9:.0f} GB/s"
         lines = [
             f"{self.title}, {self.dtype}: {work.flops / 1e9:.2f} GFLOP, {work.bytes / 1e6:.1f} MB"
             + (f" ({facts})" if facts else ""),
-            f"  {self.device}; matrix peak {self.peaks.matrix / 1e9:.0f} GFLOP/s "
-            f"({self.peaks.matrix_probe}), copy {self.peaks.copy / 1e9:.1f} GB/s; {self.repeats} rounds",
-            f"  {'provider':<24}{'median ms':>10}{'min ms':>10}{self.unit + '/s':>14}"
-            f"{'x ' + self.baseline:>12}{'% of peak':>11}{'error':>11}{'x eager':>9}",
+            f"  {self.device}; matrix peak {peaks.matrix / 1e9:.0f} GFLOP/s "
+            f"({peaks.matrix_probe}), copy {peaks.copy / 1e9:.1f} GB/s{l2}; {self.repeats} rounds",
         ]
+        with_memory = any(row.memory is not None for row in self.rows)
+        with_goal = goal is not None and goal.seconds is not None
+        if goal is not None:
+            lines.append("  " + goal_line(goal))
+        lines.append(
+            f"  {'provider':<24}{'median ms':>10}{'goal ms' if with_goal else '':>{10 * with_goal}}{'min ms':>10}"
+            f"{self.unit + '/s':>14}{'x ' + self.baseline:>{max(12, len(self.baseline) + 4)}}{'% of peak':>11}"
+            f"{'MB beyond   MB kept' if with_memory else '':>{22 * with_memory}}{'error':>11}{'x eager':>9}"
+        )
         for row in self.rows:
-            accuracy = f"{row.error:>11.2e}{row.error_ratio:>9.2f}"
+            accuracy = "" if row.error is None else f"{row.error:>11.2e}{row.error_ratio:>9.2f}"
             if row.seconds is None:
-                lines.append(f"  {row.provider:<24}{f'inaccurate: over {ERROR_LIMIT} x eager':>57}{accuracy}")
+                lines.append(f"  {row.provider:<24}{row.failure} {accuracy}".rstrip())
                 continue
+            ours = row.provider not in YARDSTICKS
+            aim = f"{1e3 * goal.seconds:>10.2f}" if with_goal and ours else " " * 10 * with_goal
+            memory = f"{row.memory / 1e6:>12.1f}{row.kept / 1e6:>10.1f}" if row.memory is not None else ""
             speedup = f"{row.speedup:.2f}" if row.speedup is not None else "-"
             lines.append(
-                f"  {row.provider:<24}{1e3 * row.seconds:>10.2f}{1e3 * row.fastest_seconds:>10.2f}"
-                f"{row.rate:>14.0f}{speedup:>12}{100 * row.fraction_of_peak:>11.1f}{accuracy}"
+                f"  {row.provider:<24}{1e3 * row.seconds:>10.2f}{aim}{1e3 * row.fastest_seconds:>10.2f}"
+                f"{row.rate:>14.0f}{speedup:>{max(12, len(self.baseline) + 4)}}"
+                f"{100 * row.fraction_of_peak:>11.1f}{memory}{accuracy}"
             )
         return "\n".join(lines)
+
+
+def goal_line(goal: Goal) -> str:
+    """Put a goal in words, with units."""
+    parts = []
+    if goal.seconds is not None:
+        floor = "" if goal.floor is None else f" (floor {1e3 * goal.floor:.1f})"
+        parts.append(f"{1e3 * goal.seconds:.1f} ms{floor}")
+    if goal.speedup is not None:
+        parts.append(f"{goal.speedup} x the compiled reference")
+    if goal.memory is not None:
+        parts.append(f"{goal.memory / 1e6:.0f} MB beyond output, weights and image cache")
+    return f"goal on {goal.device}: {', '.join(parts)}"
 
 
 def cpu_stopwatch(run: Run) -> float:
@@ -218,15 +293,29 @@ def stopwatch_for(device: torch.device) -> Stopwatch:
 
 
 def interleave(
-    runs: Mapping[str, Run], stopwatch: Stopwatch, repeats: int, warmup: int = 1
+    runs: Mapping[str, Run],
+    stopwatch: Stopwatch,
+    repeats: int,
+    warmup: int = 1,
+    patience: float = math.inf,
 ) -> dict[str, list[float]]:
     """Time all runs round robin: each once, then each once again, and so on.
 
+    Args:
+        runs: what to time, by name.
+        stopwatch: times one run.
+        repeats: rounds to measure.
+        warmup: rounds before them that do not count.
+        patience: seconds after which no further round begins, once there are :data:`LEAST_ROUNDS`.
+
     Returns:
-        Seconds of the ``repeats`` rounds after ``warmup`` uncounted ones, per name.
+        Seconds of the measured rounds, per name.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    begin = time.perf_counter()
     for i in range(warmup + repeats):
+        if i >= warmup + LEAST_ROUNDS and time.perf_counter() - begin > patience:
+            break
         for name, run in runs.items():
             seconds = stopwatch(run)
             if i >= warmup:
@@ -235,7 +324,7 @@ def interleave(
 
 
 def peak_probes(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Run, Work]]:
-    """Return runs that show what the machine can do, with their work: products in ``dtype``, and a copy."""
+    """Return runs that show what the machine can do, with their work: products in ``dtype``, and copies."""
     size, copied = (8192, 1 << 29) if device.type == "cuda" else (2048, 1 << 27)
     x, weight = torch.randn(2, size, size, device=device).to(dtype).unbind()
     packed, transposed = pack(weight), weight.t()
@@ -249,7 +338,36 @@ def peak_probes(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Run
     }
     if packed is not weight:
         probes["oneDNN, packed"] = (lambda: linear(x, packed, None), product)
+    if device.type == "cuda":
+        probes["L2 copy"] = l2_probe(device)
     return probes
+
+
+def l2_probe(device: torch.device, copies: int = 64) -> tuple[Run, Work]:
+    """Copy a buffer of a quarter of the L2 cache many times within one graph, so that no launch is waited for."""
+    count = torch.cuda.get_device_properties(device).L2_cache_size // 16
+    source = torch.randint(1 << 30, (count,), dtype=torch.int32, device=device)
+    target = torch.zeros_like(source)
+    torch.neg(source, out=target)  # loads the kernel, which a graph cannot record
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        for _ in range(copies):
+            torch.neg(source, out=target)
+
+    def replay() -> Tensor:
+        graph.replay()
+        return target
+
+    return replay, Work(0, 2 * source.nbytes * copies)
+
+
+def peaks_of(probes: Mapping[str, tuple[Run, Work]], fastest: Mapping[str, float]) -> Peaks:
+    """Turn the least seconds of every probe into peaks."""
+    rates = {n: work.flops / fastest[n] for n, (_, work) in probes.items() if work.flops}
+    best = max(rates, key=rates.__getitem__)
+    copies = {n: work.bytes / fastest[n] for n, (_, work) in probes.items() if not work.flops}
+    return Peaks(rates[best], best, copies["memory copy"], copies.get("L2 copy"))
 
 
 def tensors(result: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -270,37 +388,91 @@ def judge(provider: str, result: list[Tensor], eager: list[Tensor], exact: list[
     # A NaN is an error of the worst kind; max alone may miss it.
     worst = math.inf if any(math.isnan(r) for r in ratios) else max(ratios)
     error = math.inf if any(math.isnan(e) for e in errors) else max(errors)
-    return Row(provider, error, worst, worst <= ERROR_LIMIT)
+    accurate = worst <= ERROR_LIMIT
+    return Row(
+        provider, error, worst, accurate, None if accurate else f"inaccurate: over {ERROR_LIMIT} x eager"
+    )
 
 
-def measure(case: Case, repeats: int, stopwatch: Stopwatch | None = None) -> Report:
-    """Judge every provider of a case, then time those that passed and the machine's peaks side by side."""
+def reason(error: Exception) -> str:
+    """Name a failure in one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def allocated(device: torch.device) -> int:
+    """Return bytes of GPU memory in use by tensors, garbage collected; 0 on the CPU."""
+    if device.type != "cuda":
+        return 0
+    gc.collect()
+    torch.cuda.synchronize(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def peak_memory(case: Case, run: Run) -> int:
+    """Run once on a GPU and return the peak of allocated bytes beyond the result and the image cache."""
+    before = allocated(case.device)
+    torch.cuda.reset_peak_memory_stats(case.device)
+    result = sum(t.nbytes for t in tensors(run()))
+    torch.cuda.synchronize(case.device)
+    return torch.cuda.max_memory_allocated(case.device) - before - result - case.cache_bytes
+
+
+def judge_all(case: Case, providers: Mapping[str, Run]) -> list[Row]:
+    """Judge every provider of a case; one that raises or runs out of memory gets a row that says so."""
     exact = [t.to(torch.float64) for t in tensors(case.exact())]
+    checks = {**providers, **case.checks}
+    eager = tensors(checks["eager"]())
+
+    def row_of(name: str) -> Row:
+        row = Row(name, None, None, False, case.refused.get(name))
+        if row.failure is not None:
+            return row
+        before = allocated(case.device)
+        try:
+            row = judge(name, eager if name == "eager" else tensors(checks[name]()), eager, exact)
+            if not row.accurate or case.device.type != "cuda":
+                return row
+            kept = allocated(case.device) - before
+            return replace(row, memory=peak_memory(case, providers[name]), kept=kept)
+        except Exception as error:
+            return replace(row, failure=reason(error))
+
+    return [row_of(name) for name in providers]
+
+
+def measure(
+    case: Case, repeats: int, stopwatch: Stopwatch | None = None, patience: float = math.inf
+) -> Report:
+    """Judge every provider of a case, then time those that passed and the machine's peaks side by side.
+
+    Args:
+        case: what to measure.
+        repeats: rounds.
+        stopwatch: None takes that of the device.
+        patience: see :func:`interleave`.
+
+    A provider that raises, runs out of memory or is refused becomes a row that says so; only the check of eager,
+    the yardstick of accuracy, must not fail.
+    """
     providers = {"eager": case.eager, **case.providers}
-    eager = tensors(case.eager())
-    judged = [judge(name, tensors(run()), eager, exact) for name, run in providers.items()]
-    del exact, eager
+    judged = judge_all(case, providers)
     probes = peak_probes(case.device, case.dtype)
     runs = {f"peak: {name}": run for name, (run, _) in probes.items()}
-    runs.update({row.provider: providers[row.provider] for row in judged if row.accurate})
-    times = interleave(runs, stopwatch or stopwatch_for(case.device), repeats)
+    runs.update({row.provider: providers[row.provider] for row in judged if row.failure is None})
+    times = interleave(runs, stopwatch or stopwatch_for(case.device), repeats, patience=patience)
 
-    fastest = {name: min(times[f"peak: {name}"]) for name in probes}
-    rates = {n: work.flops / fastest[n] for n, (_, work) in probes.items() if work.flops}
-    probe = max(rates, key=rates.__getitem__)
-    copy = probes["memory copy"][1].bytes / fastest["memory copy"]
-    peaks = Peaks(rates[probe], probe, copy)
+    peaks = peaks_of(probes, {name: min(times[f"peak: {name}"]) for name in probes})
     baseline = statistics.median(times[case.baseline]) if case.baseline in times else None
 
     def timed(row: Row) -> Row:
-        if not row.accurate:
+        if row.failure is not None:
             return row
         seconds = statistics.median(times[row.provider])
-        return Row(
-            row.provider,
-            row.error,
-            row.error_ratio,
-            row.accurate,
+        return replace(
+            row,
             seconds=seconds,
             fastest_seconds=min(times[row.provider]),
             rate=case.count / seconds,
@@ -317,10 +489,11 @@ def measure(case: Case, repeats: int, stopwatch: Stopwatch | None = None) -> Rep
         count=case.count,
         unit=case.unit,
         work=case.work._asdict(),
-        repeats=repeats,
+        repeats=len(next(iter(times.values()))),
         baseline=case.baseline,
         peaks=peaks,
         detail=dict(case.detail),
+        goal=case.goal,
         rows=[timed(row) for row in judged],
     )
 
@@ -330,6 +503,8 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__, "vitup_fast": __version__}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found["triton"] = importlib.metadata.version("triton")
     return found
 
 
@@ -357,29 +532,39 @@ def write_json(path: Path, content: object) -> None:
         raise
 
 
-def publish(reports: Sequence[Report], path: Path | None) -> None:
-    """Print the tables, and write the reports to a JSON file if one is asked for."""
-    print("\n\n".join(report.table() for report in reports))
-    if path is not None:
-        write_json(path, [asdict(report) for report in reports])
+def publish(reports: Iterable[Report], path: Path | None) -> int:
+    """Print each table as it comes, and rewrite the JSON file with all reports so far if one is asked for.
+
+    Returns:
+        Exit code: 1 if a provider of this library failed or is inaccurate, else 0.
+    """
+    done: list[Report] = []
+    for report in reports:
+        done.append(report)
+        print(("\n" if len(done) > 1 else "") + report.table(), flush=True)
+        if path is not None:
+            write_json(path, [asdict(r) for r in done])
+    return 0 if all(report.passed for report in done) else 1
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """Create the parser with the options that all benchmarks share."""
+def make_parser(description: str, gpu_queries: int = 50176) -> argparse.ArgumentParser:
+    """Create the parser with the options that all benchmarks share, and its default of queries on a GPU."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     add(
         "--preset",
-        choices=("dinov3_splus", "dinov3_base", "tiny"),
-        default="dinov3_splus",
+        nargs="+",
+        choices=PRESETS,
+        default=[PRESETS[0]],
         help="sizes (default: S+)",
     )
     add(
         "--queries",
         type=int,
-        help="queries (default: 3136 on the CPU, 200704 on a GPU, a quarter if --quick)",
+        help=f"queries (default: 3136 on the CPU, {gpu_queries} on a GPU, a quarter if --quick)",
     )
+    parser.set_defaults(gpu_queries=gpu_queries)
     add(
         "--dtype",
         nargs="+",
@@ -387,8 +572,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         default=["float32", "bfloat16"],
         help="compute types (default: float32 and bfloat16)",
     )
+    add("--impl", nargs="+", metavar="NAME", help="implementations (default: all that run on the device)")
+    add("--correctness", type=Path, metavar="PATH", help="time nothing that failed in this file of checks")
     add("--repeats", type=int, help="timed rounds (default: 15, 3 if --quick)")
+    add("--seconds", type=float, default=60.0, help="begin no further round after these (default: 60)")
     add("--json", type=Path, metavar="PATH", help="write the figures to this file")
+    add("--roofline", type=Path, metavar="PATH", help="draw the figures under the measured roofs (PNG)")
     add("--backward", action="store_true", help="forward and backward pass together")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     add("--quick", action="store_true", help="a smaller case and fewer rounds")
@@ -396,25 +585,99 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check the shared options: a device in ``device``, dtypes in ``dtype``, sizes in ``config``.
+    """Parse and check the shared options.
+
+    Returns:
+        The options, with a device in ``device``, dtypes in ``dtype``, sizes per preset in ``configs``, names in
+        ``impl``, and in ``failed`` what :func:`failed_checks` read.
 
     Raises:
-        InputError: a device that is not there, a count below 1, a JSON path that cannot be written.
+        InputError: a device that is not there, a count below 1, an implementation that does not run there, a
+            path that cannot be read or written.
+        MissingPackageError: a roofline is asked for and matplotlib is not installed.
     """
     options = parser.parse_args(argv)
     options.device = check_device(options.device)
     options.dtype = [DTYPES[name] for name in options.dtype]
-    options.config = ViTUpConfig.preset(options.preset)
+    options.configs = {name: ViTUpConfig.preset(name) for name in options.preset}
+    options.impl = check_implementations(options.impl, options.device)
+    options.failed = failed_checks(options.correctness)
     if options.queries is None:
-        options.queries = (200704 if options.device.type == "cuda" else 3136) // (4 if options.quick else 1)
+        options.queries = (options.gpu_queries if options.device.type == "cuda" else 3136) // (
+            4 if options.quick else 1
+        )
     if options.repeats is None:
         options.repeats = 3 if options.quick else 15
     for name in ("queries", "repeats"):
         if getattr(options, name) < 1:
             raise expected(f"--{name}", "a positive integer", getattr(options, name))
-    if options.json is not None:
-        check_writable(options.json)
+    for name in ("json", "roofline"):
+        if getattr(options, name) is not None:
+            check_writable(getattr(options, name), f"--{name}")
+    if options.roofline is not None:  # better told now than after the measurement
+        require("matplotlib", "bench", "--roofline")
     return options
+
+
+def check_implementations(names: Sequence[str] | None, device: torch.device) -> list[str]:
+    """Return implementations to measure: those named, or all that run on the device.
+
+    Raises:
+        InputError: a name that is none, or an implementation that does not run there.
+    """
+    obstacles = {
+        impl.name: None if impl.available else impl.reason
+        for impl in implementations()
+        if impl.name != "reference"
+    }
+    if device.type != "cuda":  # kernels are written for GPUs, and there may be one beside the CPU
+        obstacles = {name: why if name == "torch" else "runs on a GPU" for name, why in obstacles.items()}
+    for name in names or ():
+        if name not in obstacles:
+            raise expected("--impl", f"one of {sorted(obstacles)}", repr(name))
+        if obstacles[name] is not None:
+            raise expected("--impl", f"an implementation for {device}", f"{name!r}: {obstacles[name]}")
+    return list(names) if names else [name for name, obstacle in obstacles.items() if obstacle is None]
+
+
+def failed_checks(path: Path | None) -> frozenset[tuple[str, str, str, str]]:
+    """Read which checks of ``vitup_fast.bench.correctness`` failed.
+
+    Returns:
+        Operation (or ``"network"``), implementation, dtype, and ``"forward"`` or ``"backward"`` of each.
+
+    Raises:
+        InputError: not a file that the checks wrote.
+    """
+    if path is None:
+        return frozenset()
+    try:
+        checks = json.loads(path.read_text())["checks"]
+        return frozenset(
+            (c["operation"], c["impl"], c["dtype"], c["direction"]) for c in checks if not c["passed"]
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise expected("--correctness", "a JSON file of vitup_fast.bench.correctness", str(path)) from error
+
+
+def refusals(
+    options: argparse.Namespace, operations: Collection[str] | None, dtype: torch.dtype
+) -> dict[str, str]:
+    """Say why implementations shall not be timed: because a check of one of these operations failed.
+
+    Args:
+        options: with ``failed``, ``impl`` and ``backward``.
+        operations: their names; None means every check there is.
+        dtype: compute type.
+    """
+    name = str(dtype).removeprefix("torch.")
+    directions = ("forward", "backward") if options.backward else ("forward",)
+    found = {}
+    for operation, impl, kind, direction in sorted(options.failed):
+        concerned = operations is None or operation in operations
+        if concerned and impl in options.impl and kind == name and direction in directions:
+            found[impl] = f"failed the {direction} check of {operation}"
+    return found
 
 
 def check_device(name: str) -> torch.device:
@@ -436,14 +699,14 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, option: str = "--json") -> None:
     """Check before the measurement that its result can be written.
 
     Raises:
         InputError: the path is a directory, or its parent is none or not writable.
     """
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise expected("--json", "a file in an existing, writable directory", repr(str(path)))
+        raise expected(option, "a file in an existing, writable directory", repr(str(path)))
 
 
 class OperationCase(NamedTuple):
@@ -462,19 +725,36 @@ class OperationCase(NamedTuple):
     work: Work
 
 
-def real_sizes(options: argparse.Namespace, expansion: int = 4) -> Sizes:
-    """Sizes that an operation meets inside the network of a preset, for one image."""
-    config = options.config
-    return Sizes(1, options.queries, config.dim, config.num_heads, (28, 28), (224, 224), expansion)
+def real_sizes(config: ViTUpConfig, queries: int, expansion: int = 4) -> Sizes:
+    """Sizes that an operation meets inside the network, for one image."""
+    return Sizes(1, queries, config.dim, config.num_heads, (28, 28), (224, 224), expansion)
 
 
 def operation_case(
-    case: OperationCase, device: torch.device, dtype: torch.dtype, backward: bool, compiled: bool
+    case: OperationCase,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    backward: bool = False,
+    compiled: bool = True,
+    impls: Sequence[str] = ("torch",),
+    refused: Mapping[str, str] | None = None,
 ) -> Case:
-    """Set up an operation: eager, compiled, ``torch``, and for inference ``torch`` with packed weights."""
+    """Set up an operation: eager, compiled, each implementation, and ``torch`` with packed weights.
+
+    Args:
+        case: the operation and its sizes.
+        device: where to run.
+        dtype: compute type.
+        backward: also compute all gradients.
+        compiled: include ``torch.compile`` of the definition.
+        impls: implementations to include.
+        refused: implementations that shall not run, with the reason.
+    """
     function, inputs = OPERATIONS[case.operation]
     arguments = inputs(case.sizes, torch.Generator().manual_seed(0), dtype=dtype, device=device)
-    shape = function(**arguments).shape
+    with torch.no_grad():
+        shape = function(**arguments, impl="reference").shape
     cotangent = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
     def runner(arguments: Arguments, impl: str, compiled: bool = False) -> Run:
@@ -497,10 +777,14 @@ def operation_case(
         return run
 
     providers = {"compiled": runner(arguments, "reference", compiled=True)} if compiled else {}
-    providers["torch"] = runner(arguments, "torch")
+    for impl in impls:
+        providers[impl] = runner(arguments, impl)
     packed = {n: pack(t) for n, t in tensors_of(arguments).items() if t.dim() == 2 and "weight" in n}
-    if not backward and any(t.is_mkldnn for t in packed.values()):
+    if "torch" in impls and not backward and any(t.is_mkldnn for t in packed.values()):
         providers["torch, packed"] = runner(with_tensors(arguments, packed), "torch")
+    refused = dict(refused or {})
+    if "torch" in refused:
+        refused["torch, packed"] = refused["torch"]
     factor = BACKWARD_FACTOR if backward else 1
     return Case(
         title=case.title + (", forward and backward" if backward else ""),
@@ -514,31 +798,70 @@ def operation_case(
         device=device,
         dtype=dtype,
         detail={"N": case.sizes.N, "D": case.sizes.D},
+        refused=refused,
     )
 
 
 def operation_main(
     description: str,
-    cases: Callable[[argparse.Namespace, int], Sequence[OperationCase]],
+    cases: Callable[[ViTUpConfig, int, int], Sequence[OperationCase]],
     argv: Sequence[str] | None,
 ) -> int:
-    """Run an operation's command line; ``cases(options, bytes per number)`` lists what to measure."""
+    """Run an operation's command line; ``cases(config, queries, bytes per number)`` lists what to measure."""
     options = parse(make_parser(description), argv)
-    reports = [
-        measure(
-            operation_case(case, options.device, dtype, options.backward, options.compile), options.repeats
-        )
-        for dtype in options.dtype
-        for case in cases(options, dtype.itemsize)
-    ]
-    publish(reports, options.json)
-    return 0
+
+    def reports() -> Iterable[Report]:
+        for config in options.configs.values():
+            for dtype in options.dtype:
+                for case in cases(config, options.queries, dtype.itemsize):
+                    fresh_start()
+                    refused = refusals(options, (case.operation,), dtype)
+                    yield measure(
+                        operation_case(
+                            case,
+                            options.device,
+                            dtype,
+                            backward=options.backward,
+                            compiled=options.compile,
+                            impls=options.impl,
+                            refused=refused,
+                        ),
+                        options.repeats,
+                        patience=options.seconds,
+                    )
+
+    return finish(reports(), options)
+
+
+def finish(reports: Iterable[Report], options: argparse.Namespace) -> int:
+    """Publish reports and draw them if asked to; return the exit code of :func:`publish`."""
+    kept: list[Report] = []
+
+    def keep() -> Iterable[Report]:
+        for report in reports:
+            kept.append(report)
+            yield report
+
+    code = publish(keep(), options.json)
+    if options.roofline is not None:
+        from vitup_fast.bench.roofline import draw
+
+        draw([asdict(report) for report in kept], options.roofline)
+    return code
+
+
+def fresh_start() -> None:
+    """Free what the last case held, and forget its compiled code: specialisations pile up otherwise."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def exit_code(main: Callable[[], int]) -> int:
-    """Run a command; a user's mistake becomes one sentence on the error stream and exit code 2."""
+    """Run a command; a user's mistake or a missing package becomes one sentence on the error stream and exit code 2."""
     try:
         return main()
-    except InputError as error:
+    except (InputError, MissingPackageError) as error:
         print(error, file=sys.stderr)
         return 2

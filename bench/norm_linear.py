@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from vitup_fast.bench.harness import OperationCase, Work, exit_code, operation_main, real_sizes
 
+from vitup_fast import ViTUpConfig
 
-def cases(options: argparse.Namespace, itemsize: int) -> list[OperationCase]:
+
+def cases(config: ViTUpConfig, queries: int, itemsize: int) -> list[OperationCase]:
     """One matrix product per query; reads and writes the query, reads the matrix."""
-    sizes = real_sizes(options, expansion=1)
+    sizes = real_sizes(config, queries, expansion=1)
     D = sizes.D
     work = Work(2 * sizes.N * D**2, (2 * sizes.N * D + D**2) * itemsize)
     return [OperationCase("norm_linear", "norm_linear (decoder)", sizes, work)]

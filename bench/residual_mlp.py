@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from vitup_fast.bench.harness import OperationCase, Work, exit_code, operation_main, real_sizes
 
+from vitup_fast import ViTUpConfig
 
-def cases(options: argparse.Namespace, itemsize: int) -> list[OperationCase]:
+
+def cases(config: ViTUpConfig, queries: int, itemsize: int) -> list[OperationCase]:
     """Two matrix products per query; reads and writes the query, reads both matrices."""
     found = []
     for name, expansion in (("transition", 2), ("mlp", 4)):
-        sizes = real_sizes(options, expansion)
+        sizes = real_sizes(config, queries, expansion)
         matrices = 2 * expansion * sizes.D**2
         work = Work(2 * sizes.N * matrices, (2 * sizes.N * sizes.D + matrices) * itemsize)
         found.append(OperationCase("residual_mlp", f"residual_mlp ({name})", sizes, work))

@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from vitup_fast.bench.harness import OperationCase, Work, exit_code, operation_main, real_sizes
 
+from vitup_fast import ViTUpConfig
 
-def cases(options: argparse.Namespace, itemsize: int) -> list[OperationCase]:
+
+def cases(config: ViTUpConfig, queries: int, itemsize: int) -> list[OperationCase]:
     """Two projections, scores and weighted sum per query; reads matrices, keys and values once."""
-    sizes = real_sizes(options)
+    sizes = real_sizes(config, queries)
     N, D, tokens = sizes.N, sizes.D, sizes.token_grid[0] * sizes.token_grid[1]
     work = Work(N * (4 * D**2 + 4 * tokens * D), (2 * N * D + 2 * D**2 + 2 * tokens * D) * itemsize)
     return [OperationCase("rope_cross_attention", "rope_cross_attention", sizes, work)]

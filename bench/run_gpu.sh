@@ -1,0 +1,231 @@
+#!/usr/bin/env bash
+# Correctness, then speed, of every implementation on a machine with a GPU and PyTorch; nothing is installed.
+#
+#   bench/run_gpu.sh RESULTS_DIR [--device DEVICE] [STAGE ...]
+#
+# Stages, by default all of them in this order, with their shares of 9 minutes (fewer stages have more time each):
+#   environment   10  machine, driver, compiler, versions, implementations
+#   correctness  100  every operation, implementation and dtype, the network and the goldens against float64
+#   sanitizer     60  compute-sanitizer memcheck of the kernels at small sizes
+#   peaks         15  matrix product, copy, copy within L2
+#   operations    55  time of every operation, forward, then forward and backward
+#   compiled     105  dense 448 and 1024, S+ and B, against torch.compile (and VITUP_REFERENCE, if set)
+#   end_to_end   105  all sizes of the suite, S+ and B, against eager
+#   training      40  forward and backward of 75 000 queries
+#   profile       25  kernel times of one dense 448 pass per implementation
+#   roofline      10  picture of all the above
+#
+# Every step writes NAME.log and NAME.json into RESULTS_DIR as it goes, so that a step cut short leaves what it has.
+# What fails in correctness.json is not timed, in later calls with the same directory either. VITUP_BENCH_DEVICE names
+# the device too; on "cpu" sizes are tiny, to try the script itself. PYTHON names the interpreter (python3).
+# Exit code: 0 if all steps passed, 1 if one did not, 2 for a wrong argument.
+set -uo pipefail
+
+stages=(environment correctness sanitizer peaks operations compiled end_to_end training profile roofline)
+declare -A share=([environment]=10 [correctness]=100 [sanitizer]=60 [peaks]=15 [operations]=55 [compiled]=105
+  [end_to_end]=105 [training]=40 [profile]=25 [roofline]=10)
+total_seconds=530
+device=${VITUP_BENCH_DEVICE:-cuda}
+python=${PYTHON:-python3}
+results=
+chosen=()
+
+usage() {
+  echo "$1 (usage: bench/run_gpu.sh RESULTS_DIR [--device DEVICE] [STAGE ...], stages: ${stages[*]})" >&2
+  exit 2
+}
+
+while (($#)); do
+  case $1 in
+    --device)
+      (($# > 1)) || usage "--device needs a value"
+      device=$2
+      shift
+      ;;
+    -*) usage "unknown option $1" ;;
+    *)
+      if [[ -z $results ]]; then
+        results=$1
+      elif [[ " ${stages[*]} " == *" $1 "* ]]; then
+        chosen+=("$1")
+      else
+        usage "unknown stage $1"
+      fi
+      ;;
+  esac
+  shift
+done
+[[ -n $results ]] || usage "no directory for the results"
+((${#chosen[@]})) || chosen=("${stages[@]}")
+shares=0
+for stage in "${chosen[@]}"; do
+  shares=$((shares + share[$stage]))
+done
+command -v "$python" >/dev/null || usage "no interpreter $python"
+python=$(command -v "$python")
+mkdir -p "$results" || exit 2
+results=$(cd "$results" && pwd)
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# The package is not installed: links put its folders where an installation would.
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+mkdir "$scratch/vitup_fast"
+ln -s "$repository"/vitup_fast/* "$scratch/vitup_fast/"
+for room in kernels bench; do
+  ln -sfn "$repository/$room" "$scratch/vitup_fast/$room"
+done
+cd "$scratch" || exit 2
+export PYTHONPATH=$scratch${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONUNBUFFERED=1
+
+if [[ $device == cpu* ]]; then
+  splus=tiny both=(tiny) dtypes=(float32) dense=(12) sparse=(20) compared=(10) trained=(30) side=12
+  queries=64 backward=norm_linear rounds=(--repeats 1 --no-compile) some=(film_mlp norm_linear golden) quick=(--quick)
+else
+  splus=dinov3_splus both=(dinov3_splus dinov3_base) dtypes=(bfloat16) compared=(448 1024) trained=(75000)
+  dense=(224 448 896 1024 2048) sparse=(100 1000 4096) side=448 queries=33792
+  rounds=(--repeats 15 --seconds 3) some=() quick=() backward=operations
+fi
+
+failed=()
+# step NAME SHARE COMMAND...: run a command within its share of the time; its output goes to NAME.log.
+step() {
+  local name=$1 limit=$(($2 * total_seconds / shares)) begin=$SECONDS code verdict
+  shift 2
+  timeout --kill-after=5 "$limit" "$@" >"$results/$name.log" 2>&1 </dev/null
+  code=$?
+  case $code in
+    0) verdict=ok ;;
+    124 | 137) verdict="FAIL (over $limit s)" ;;
+    *) verdict="FAIL (exit code $code)" ;;
+  esac
+  echo "$name: $verdict, $((SECONDS - begin)) s"
+  if ((code)); then
+    failed+=("$name")
+    tail -n 4 "$results/$name.log" | cut -c -200 | sed 's/^/    /'
+  fi
+}
+
+bench() { # NAME SHARE MODULE ARGUMENTS...
+  local name=$1 limit=$2 module=$3
+  shift 3
+  step "$name" "$limit" "$python" -m "vitup_fast.bench.$module" --device "$device" --json "$results/$name.json" "$@"
+}
+
+timed() { # the same, for what shall not be timed unless it is correct
+  local known=()
+  [[ -f $results/correctness.json ]] && known=(--correctness "$results/correctness.json")
+  bench "$@" "${rounds[@]}" "${known[@]}"
+}
+
+environment() {
+  step environment 10 bash -c '
+    "$1" -m vitup_fast.cli info || exit 1
+    uname -a
+    nvidia-smi || true
+    nvcc --version || true
+    [[ $2 == cpu* ]] || "$1" -c "import torch; assert torch.cuda.is_available(), \"PyTorch sees no GPU\""
+  ' environment "$python" "$device"
+}
+
+correctness() {
+  bench correctness 100 correctness "${quick[@]}" ${some[@]+--operation "${some[@]}"} ${some[@]+--dtype "${dtypes[@]}"}
+}
+
+sanitizer() {
+  local checker kernels
+  if [[ $device == cpu* ]]; then
+    echo "sanitizer: left out, it needs a GPU"
+    return
+  fi
+  checker=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
+  read -ra kernels < <("$python" -c "
+import torch
+from vitup_fast.bench.harness import check_implementations
+print(*(n for n in check_implementations(None, torch.device('$device')) if n != 'torch'))")
+  if ((${#kernels[@]} == 0)); then
+    echo "sanitizer: left out, no implementation but torch runs here"
+    return
+  fi
+  # Without PyTorch's pool every tensor has an allocation of its own, whose bounds are checked.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitizer 60 \
+    "${checker:-compute-sanitizer}" --tool memcheck --error-exitcode 9 \
+    "$python" -m vitup_fast.bench.correctness --device "$device" --quick --impl "${kernels[@]}" --dtype bfloat16 float32 \
+    --operation bilinear_sample residual_mlp rope_cross_attention film_mlp film_mlp_table norm_linear network \
+    --json "$results/sanitizer.json"
+}
+
+peaks() { bench peaks 15 peaks --dtype float32 bfloat16 --repeats "$([[ $device == cpu* ]] && echo 1 || echo 9)"; }
+
+operations() {
+  timed operations 30 operations --preset "$splus" --dtype "${dtypes[@]}" --queries "$queries" --no-compile
+  timed operations_backward 25 "$backward" --preset "$splus" --dtype "${dtypes[@]}" --queries "$queries" --no-compile \
+    --backward
+}
+
+compiled() {
+  local preset limit=60
+  for preset in "${both[@]}"; do
+    timed "compiled_$preset" "$limit" end_to_end --preset "$preset" --dtype "${dtypes[@]}" --dense "${compared[@]}"
+    limit=45
+  done
+}
+
+end_to_end() {
+  timed end_to_end 105 end_to_end --preset "${both[@]}" --dtype "${dtypes[@]}" --no-compile \
+    --dense "${dense[@]}" --sparse "${sparse[@]}"
+}
+
+training() {
+  timed training 40 end_to_end --preset "${both[@]}" --dtype "${dtypes[@]}" --no-compile --backward \
+    --sparse "${trained[@]}"
+}
+
+profile() { bench profile 25 kernel_times --preset "$splus" --dtype "${dtypes[0]}" --side "$side"; }
+
+roofline() {
+  local file files=()
+  for file in "$results"/{operations,operations_backward,compiled_*,end_to_end,training}.json; do
+    [[ -f $file ]] && files+=("$file")
+  done
+  if ((${#files[@]} == 0)); then
+    echo "roofline: left out, nothing was timed"
+    return
+  fi
+  step roofline 10 "$python" -m vitup_fast.bench.roofline "$results/roofline.png" "${files[@]}"
+}
+
+# One line per provider from the reports that are there, this call's or an earlier one's.
+summary() {
+  "$python" - "$results" <<'SUMMARY' | tee "$results/summary.txt"
+import json, pathlib, sys
+
+for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
+    content = json.loads(path.read_text())
+    if isinstance(content, dict) and "checks" in content:
+        bad = [c for c in content["checks"] if not c["passed"]]
+        print(f"{path.stem}: {len(content['checks']) - len(bad)} of {len(content['checks'])} checks passed")
+    if not isinstance(content, list):
+        continue
+    for report in (r for r in content if "rows" in r):
+        goal = report["goal"] and report["goal"]["seconds"]
+        figures = []
+        for row in report["rows"]:
+            time = row["failure"] or f"{1e3 * row['seconds']:.2f}"
+            figures.append(f"{row['provider']} {time}")
+        aim = f" (goal {1e3 * goal:.1f})" if goal else ""
+        print(f"{report['title']} {report['dtype']} ms: {', '.join(figures)}{aim}")
+SUMMARY
+}
+
+for stage in "${chosen[@]}"; do
+  "$stage"
+done
+echo
+summary
+if ((${#failed[@]})); then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
+echo "all steps passed; results in $results"
