@@ -5,5 +5,9 @@ from setuptools import setup
 setup(
     packages=["vitup_fast", "vitup_fast.ops", "vitup_fast.kernels", "vitup_fast.bench"],
     package_dir={"vitup_fast.kernels": "kernels", "vitup_fast.bench": "bench"},
-    package_data={"vitup_fast": ["py.typed"]},
+    package_data={
+        "vitup_fast": ["py.typed"],
+        "vitup_fast.kernels": ["configs/*.json"],
+        "vitup_fast.bench": ["run_gpu.sh", "compile_report.json"],
+    },
 )

@@ -71,7 +71,7 @@ _MATRIX = {"HGMMA": "wgmma", "UTCHMMA": "tcgen05", "UTCOMMA": "tcgen05", "HMMA":
 
 
 def network_launches(dim: int, dtype: torch.dtype, target: int) -> list[common.Launch]:
-    """Every launch of a forward and backward pass of a network of width ``dim`` (heads of 64, 28 x 28 tokens)."""
+    """Every launch of a forward and backward pass of a network of width ``dim`` with 28 x 28 tokens."""
     B, N, h, w, P, heads, M = 1, 8448, 28, 28, 224, dim // 64, 8448
 
     def empty(*shape: int, like: torch.dtype = dtype) -> Tensor:
@@ -126,6 +126,10 @@ def network_launches(dim: int, dtype: torch.dtype, target: int) -> list[common.L
         attended = (x, coords, key, key, *norm, *square, *square, inv_freq, h, w)
         attention.forward(*attended)
         attention.backward(x, *attended, [True] * 10)
+        for width in (32, 128) if dim == 384 else ():
+            key = empty(B, dim // width, h * w, width)
+            inverse = empty(width // 4, like=float32)
+            attention.backward(x, x, coords, key, key, *norm, *square, *square, inverse, h, w, [True] * 10)
         film_mlp.forward(x, coords, tokens, *position, *film, *scattered)
         film_mlp.backward(x, x, coords, tokens, *position, *film, *scattered, [True] * 15 + [False])
         none = (None,) * 4

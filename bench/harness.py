@@ -32,6 +32,7 @@ from torch import Tensor
 from vitup_fast import InputError, ViTUpConfig, __version__
 from vitup_fast.errors import MissingPackageError, expected, require
 from vitup_fast.ops import implementations
+from vitup_fast.ops.dispatch import interpreted
 from vitup_fast.ops.primitives import linear, pack
 from vitup_fast.testing import (
     OPERATIONS,
@@ -630,7 +631,8 @@ def check_implementations(names: Sequence[str] | None, device: torch.device) -> 
         for impl in implementations()
         if impl.name != "reference"
     }
-    if device.type != "cuda":  # kernels are written for GPUs, and there may be one beside the CPU
+    # Kernels are written for GPUs, and there may be one beside the CPU; the interpreter runs what is asked for.
+    if device.type != "cuda" and not (names and interpreted()):
         obstacles = {name: why if name == "torch" else "runs on a GPU" for name, why in obstacles.items()}
     for name in names or ():
         if name not in obstacles:

@@ -152,7 +152,9 @@ def linear_kernel(
                 b_weight = tl.load(p_tile)
             else:
                 b_weight = tl.load(p_tile, mask=(o_column + tile * BLOCK_N < N)[:, None], other=0.0)
-            updated = updated + (tl.dot(b_x, b_weight.T, products[tile], input_precision=PRECISION),)
+            updated = updated + (
+                tl.dot(b_x, b_weight.T, products[tile], input_precision=PRECISION, out_dtype=ACC),
+            )
         products = updated
 
     if PARTS > 0 and not CENTER:
@@ -256,7 +258,7 @@ def linear_argmax_kernel(
             if CENTER:
                 b_x = (b_x - mean[:, None]) * rstd[:, None]
             b_weight = tl.load(p_weights + k, mask=m_column[:, None], other=0.0)
-            product = tl.dot(b_x, b_weight.T, product, input_precision=PRECISION)
+            product = tl.dot(b_x, b_weight.T, product, input_precision=PRECISION, out_dtype=ACC)
         bias = tl.load(p_bias + o_column, mask=m_column, other=0.0)[None, :]
         if CENTER:
             scores = product + bias
@@ -303,7 +305,7 @@ def hidden_backward_kernel(
     z = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for k in tl.range(0, K, BLOCK_K):
         b_x = tl.load(p_xs + k, mask=m_row[:, None], other=0.0)
-        z = tl.dot(b_x, tl.load(p_weights1 + k).T, z, input_precision=PRECISION)
+        z = tl.dot(b_x, tl.load(p_weights1 + k).T, z, input_precision=PRECISION, out_dtype=ACC)
     z += tl.load(p_bias1 + o_column)[None, :]
     hidden, slope = gelu_with_gradient(z, GELU)
     o_out = o_row.to(tl.int64)[:, None] * E + o_column[None, :]
@@ -314,7 +316,9 @@ def hidden_backward_kernel(
     grad_hidden = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for k in tl.range(0, N, BLOCK_K):
         b_grad = tl.load(p_grads + k, mask=m_row[:, None], other=0.0)
-        grad_hidden = tl.dot(b_grad, tl.load(p_weights2 + k).T, grad_hidden, input_precision=PRECISION)
+        grad_hidden = tl.dot(
+            b_grad, tl.load(p_weights2 + k).T, grad_hidden, input_precision=PRECISION, out_dtype=ACC
+        )
     grad_z = (grad_hidden * slope).to(p_grad_hidden.dtype.element_ty)
     tl.store(p_grad_hidden + o_out, grad_z, mask=m_row[:, None])
 
@@ -349,7 +353,7 @@ def weight_gradient_kernel(
         m_row = (o_row < last)[:, None]
         b_left = tl.load(p_left + o_row[:, None] * P + o_p[None, :], mask=m_row & m_p[None, :], other=0.0)
         b_right = tl.load(p_right + o_row[:, None] * Q + o_q[None, :], mask=m_row & m_q[None, :], other=0.0)
-        total = tl.dot(b_left.T, b_right, total, input_precision=PRECISION)
+        total = tl.dot(b_left.T, b_right, total, input_precision=PRECISION, out_dtype=ACC)
     o_out = (i_split.to(tl.int64) * P + o_p)[:, None] * Q + o_q[None, :]
     tl.store(p_out + o_out, total, mask=m_p[:, None] & m_q[None, :])
 

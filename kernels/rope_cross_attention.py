@@ -84,8 +84,9 @@ def attend_block(
     probability = tl.exp2(scores - new_largest[:, None])
     decay = tl.exp2(largest - new_largest)
     total = total * decay + tl.sum(probability, 1)
+    attended *= decay[:, None]
     attended = tl.dot(
-        probability.to(value.dtype), value, attended * decay[:, None], input_precision=PRECISION
+        probability.to(value.dtype), value, attended, input_precision=PRECISION, out_dtype=attended.dtype
     )
     return attended, new_largest, total
 
@@ -136,7 +137,8 @@ def rope_cross_attention_kernel(
         b_x = tl.load(p_xs + k, mask=m_row[:, None], other=0.0)
         if CENTER:
             b_x = (b_x - mean[:, None]) * rstd[:, None]
-        query = tl.dot(b_x, tl.load(p_weights + k).T, query, input_precision=PRECISION)
+        b_weight = tl.load(p_weights + k)
+        query = tl.dot(b_x, b_weight.T, query, input_precision=PRECISION, out_dtype=ACC)
     bias = tl.load(p_bias + i_head * HEAD + o_head)[None, :]
     if CENTER:
         query += bias
@@ -215,7 +217,8 @@ def query_gradient_block(
     grad_score = probability * (tl.dot(grad, value.T, input_precision=PRECISION) - inner[:, None])
     if MASKED:
         grad_score = tl.where(m_key[None, :], grad_score, 0.0)
-    return tl.dot(grad_score.to(key.dtype), key, grad_query, input_precision=PRECISION)
+    grad_score = grad_score.to(key.dtype)
+    return tl.dot(grad_score, key, grad_query, input_precision=PRECISION, out_dtype=grad_query.dtype)
 
 
 @triton.jit
@@ -357,9 +360,12 @@ def rope_cross_attention_key_backward_kernel(
         log_sum = tl.load(p_log_sum + o_row * HEADS + i_head, mask=m_query, other=float("inf"))
         inner = tl.load(p_inner + o_row * HEADS + i_head, mask=m_query, other=0.0)
         probability = tl.exp2(tl.dot(key, query.T, input_precision=PRECISION) - log_sum[None, :])
-        grad_value = tl.dot(probability.to(grad.dtype), grad, grad_value, input_precision=PRECISION)
+        grad_value = tl.dot(
+            probability.to(grad.dtype), grad, grad_value, input_precision=PRECISION, out_dtype=ACC
+        )
         grad_score = probability * (tl.dot(value, grad.T, input_precision=PRECISION) - inner[None, :])
-        grad_key = tl.dot(grad_score.to(query.dtype), query, grad_key, input_precision=PRECISION)
+        grad_score = grad_score.to(query.dtype)
+        grad_key = tl.dot(grad_score, query, grad_key, input_precision=PRECISION, out_dtype=ACC)
     o_out = o_block + i_split.to(tl.int64) * images * HEADS * T * HEAD
     tl.store(p_grad_key + o_out, grad_key * 0.6931471805599453, mask=m_key)
     tl.store(p_grad_value + o_out, grad_value, mask=m_key)

@@ -228,6 +228,14 @@ def test_info_names_versions_and_implementations(capsys):
         assert word in text
 
 
+def test_tune_is_reached(capsys):
+    pytest.importorskip("triton")
+    with pytest.raises(SystemExit, match="0"):
+        run("tune", "--help")
+    assert "vitup-fast tune" in capsys.readouterr().out
+    assert run("tune", "--device", "abacus") == cli.USER_ERROR
+
+
 def test_bench_is_reached(capsys):
     with pytest.raises(SystemExit) as stop:
         run("bench", "--help")

@@ -9,7 +9,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from conftest import IMPLS
+from conftest import FAST_IMPLS, IMPLS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
@@ -69,7 +69,7 @@ def golden_image(golden, dtype):
 
 
 @pytest.mark.parametrize(
-    ("impl", "chunk"), [*itertools.product(IMPLS, (1, 10, 37, 100)), ("triton", 20), ("triton", 37)]
+    ("impl", "chunk"), [*itertools.product(IMPLS, (1, 10, 37, 100)), *((impl, 20) for impl in FAST_IMPLS)]
 )
 def test_golden_outputs(golden, impl, chunk):
     network = golden_network(golden, torch.float64)
@@ -82,7 +82,7 @@ def test_golden_outputs(golden, impl, chunk):
         assert (output - golden[f"outputs.{i}"]).abs().max() < 1e-8
 
 
-@pytest.mark.parametrize(("impl", "chunk"), [*itertools.product(IMPLS, (10, 37)), ("triton", 20)])
+@pytest.mark.parametrize(("impl", "chunk"), [*itertools.product(IMPLS, (10, 37)), *((impl, 20) for impl in FAST_IMPLS)])
 def test_golden_gradients(golden, impl, chunk):
     network = golden_network(golden, torch.float64)
     hidden_states, patch_grid = golden_image(golden, torch.float64)

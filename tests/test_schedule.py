@@ -5,9 +5,11 @@ from __future__ import annotations
 from threading import Barrier, Lock, Thread
 
 import pytest
+from conftest import FAST_IMPLS
 import torch
 
-pytest.importorskip("triton")
+if "triton" not in FAST_IMPLS:
+    pytest.skip("Triton cannot be used here", allow_module_level=True)
 
 from vitup_fast.kernels import common
 

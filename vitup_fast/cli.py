@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["bench"]:
             end_to_end = require("vitup_fast.bench.end_to_end", "dev", "the benchmark")
             return end_to_end.main(arguments[1:], prog="vitup-fast bench")
+        if arguments[:1] == ["tune"]:
+            tune = require("vitup_fast.bench.tune", "dev", "the tuner")
+            return tune.main(arguments[1:], prog="vitup-fast tune")
         args = _parser().parse_args(arguments)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
@@ -63,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = _Parser(prog="vitup-fast", description="Vision transformer features at any image coordinate.")
     parser.add_argument("--version", action="version", version=f"vitup-fast {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{upsample,info,bench}", parser_class=_Parser)
+    commands = parser.add_subparsers(required=True, metavar="{upsample,info,bench,tune}", parser_class=_Parser)
 
     upsample = commands.add_parser("upsample", help="write upsampled features of image files")
     upsample.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
@@ -92,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="show versions, devices and implementations")
     info.set_defaults(run=_info)
     commands.add_parser("bench", help="measure speed and accuracy against plain PyTorch", add_help=False)
+    commands.add_parser("tune", help="find the fastest launch settings of the kernels on this GPU", add_help=False)
     return parser
 
 

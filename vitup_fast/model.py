@@ -492,8 +492,12 @@ class ViTUp(nn.Module):
             _GridAxis.create(cells, tokens, wide, self.device)
             for cells, tokens in zip((H, W), cache.token_grid, strict=True)
         )
-        # A table rounds relative positions as float32 does: float64 computes each.
-        tabulate = self._resolve(impl, cache) != "reference" and self.dtype != torch.float64
+        # A table differs from the definition, whose token centres are float32 numbers, by less than rounding the
+        # cell centres to float32 does. Where float32 holds these, each query is computed, and in float64 always.
+        exact_cells = all(n & (n - 1) == 0 for n in (H, W))
+        dtype = self._compute_dtype()
+        precise = dtype == torch.float64 or (dtype == torch.float32 and exact_cells)
+        tabulate = self._resolve(impl, cache) != "reference" and not precise
         shared = None
         distinct = len(rows.relative) * len(cols.relative)
         if tabulate and distinct <= (SHARED_TABLE_ROWS if max_memory is None else chunk // 2):
