@@ -5,12 +5,13 @@
 #
 # Stages, by default all of them in this order, with their shares of 9 minutes (fewer stages have more time each):
 #   environment   10  machine, driver, compiler, versions, implementations
-#   correctness  100  every operation, implementation and dtype, the network and the goldens against float64
+#   compilation   70  fill Triton's cache: all of the below in parallel at small sizes, results discarded
+#   correctness   60  every operation, implementation and dtype, the network and the goldens against float64
 #   sanitizer     60  compute-sanitizer memcheck of the kernels at small sizes
 #   peaks         15  matrix product, copy, copy within L2
 #   operations    55  time of every operation, forward, then forward and backward
-#   compiled     105  dense 448 and 1024, S+ and B, against torch.compile (and VITUP_REFERENCE, if set)
-#   end_to_end   105  all sizes of the suite, S+ and B, against eager
+#   compiled      90  dense 448 and 1024, S+ and B, against torch.compile (and VITUP_REFERENCE, if set)
+#   end_to_end    90  all sizes of the suite, S+ and B, against eager
 #   training      40  forward and backward of 75 000 queries
 #   profile       25  kernel times of one dense 448 pass per implementation
 #   roofline      10  picture of all the above
@@ -21,9 +22,9 @@
 # Exit code: 0 if all steps passed, 1 if one did not, 2 for a wrong argument.
 set -uo pipefail
 
-stages=(environment correctness sanitizer peaks operations compiled end_to_end training profile roofline)
-declare -A share=([environment]=10 [correctness]=100 [sanitizer]=60 [peaks]=15 [operations]=55 [compiled]=105
-  [end_to_end]=105 [training]=40 [profile]=25 [roofline]=10)
+stages=(environment compilation correctness sanitizer peaks operations compiled end_to_end training profile roofline)
+declare -A share=([environment]=10 [compilation]=70 [correctness]=60 [sanitizer]=60 [peaks]=15 [operations]=55 [compiled]=90
+  [end_to_end]=90 [training]=40 [profile]=25 [roofline]=10)
 total_seconds=530
 device=${VITUP_BENCH_DEVICE:-cuda}
 python=${PYTHON:-python3}
@@ -129,8 +130,33 @@ environment() {
   ' environment "$python" "$device"
 }
 
+# Kernels compile one after the other within a process; processes share what they have compiled.
+compilation() {
+  local name preset commands=()
+  if [[ $device == cpu* ]]; then
+    echo "compilation: left out, it needs a GPU"
+    return
+  fi
+  for name in bilinear_sample residual_mlp rope_cross_attention film_mlp film_mlp_table norm_linear network golden; do
+    commands+=("correctness --operation $name")
+  done
+  for preset in "${both[@]}"; do
+    commands+=("end_to_end --preset $preset --dtype ${dtypes[*]} --no-compile --repeats 1 --dense 224 --sparse 100 4096")
+    commands+=("end_to_end --preset $preset --dtype ${dtypes[*]} --no-compile --repeats 1 --backward --sparse 9000")
+  done
+  step compilation 70 bash -c '
+    python=$1 device=$2
+    shift 2
+    for command in "$@"; do
+      # shellcheck disable=SC2086 # a command is several words
+      "$python" -m vitup_fast.bench.$command --device "$device" >/dev/null &
+    done
+    wait
+  ' compilation "$python" "$device" "${commands[@]}"
+}
+
 correctness() {
-  bench correctness 100 correctness "${quick[@]}" ${some[@]+--operation "${some[@]}"} ${some[@]+--dtype "${dtypes[@]}"}
+  bench correctness 60 correctness "${quick[@]}" ${some[@]+--operation "${some[@]}"} ${some[@]+--dtype "${dtypes[@]}"}
 }
 
 sanitizer() {
@@ -165,15 +191,15 @@ operations() {
 }
 
 compiled() {
-  local preset limit=60
+  local preset limit=50
   for preset in "${both[@]}"; do
     timed "compiled_$preset" "$limit" end_to_end --preset "$preset" --dtype "${dtypes[@]}" --dense "${compared[@]}"
-    limit=45
+    limit=40
   done
 }
 
 end_to_end() {
-  timed end_to_end 105 end_to_end --preset "${both[@]}" --dtype "${dtypes[@]}" --no-compile \
+  timed end_to_end 90 end_to_end --preset "${both[@]}" --dtype "${dtypes[@]}" --no-compile \
     --dense "${dense[@]}" --sparse "${sparse[@]}"
 }
 

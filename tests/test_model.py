@@ -82,7 +82,9 @@ def test_golden_outputs(golden, impl, chunk):
         assert (output - golden[f"outputs.{i}"]).abs().max() < 1e-8
 
 
-@pytest.mark.parametrize(("impl", "chunk"), [*itertools.product(IMPLS, (10, 37)), *((impl, 20) for impl in FAST_IMPLS)])
+@pytest.mark.parametrize(
+    ("impl", "chunk"), [*itertools.product(IMPLS, (10, 37)), *((impl, 20) for impl in FAST_IMPLS)]
+)
 def test_golden_gradients(golden, impl, chunk):
     network = golden_network(golden, torch.float64)
     hidden_states, patch_grid = golden_image(golden, torch.float64)
@@ -610,3 +612,17 @@ def test_cache_of_another_network(cache, coords):
 def test_config_errors(sizes, message):
     with pytest.raises(InputError, match=message):
         ViTUpConfig(**{"dim": 32, "num_heads": 2, "layer_indices": (0, 1), **sizes})
+
+
+@pytest.mark.parametrize("size", [(16, 16), (12, 20)])
+def test_dense_is_as_exact_as_eager_where_float32_holds_the_cells(network, image, float32_case, size):
+    """On the first grid float32 rounds no cell centre, so that eager is off by rounding alone."""
+    single, single_image = float32_case
+    wide = copy.deepcopy(single).double()
+    with torch.no_grad():
+        exact = wide.dense(
+            wide.prepare(*to(single_image, torch.float64), impl="reference"), size, impl="reference"
+        )
+        cache = single.prepare(*single_image, impl="reference")
+        eager = single.dense(cache, size, impl="reference")
+        assert_within_budget(single.dense(cache, size), eager, exact, factor=1.5)

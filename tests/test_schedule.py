@@ -5,8 +5,8 @@ from __future__ import annotations
 from threading import Barrier, Lock, Thread
 
 import pytest
-from conftest import FAST_IMPLS
 import torch
+from conftest import FAST_IMPLS
 
 if "triton" not in FAST_IMPLS:
     pytest.skip("Triton cannot be used here", allow_module_level=True)
@@ -283,3 +283,12 @@ def test_nothing_to_do(network, cache, coords, impl):
 def test_labels_need_a_head(network, cache, coords):
     with pytest.raises(InputError, match="labels: expected a head"):
         network(cache, coords, labels=True)
+
+
+def test_memory_of_a_pass_stays_within_the_goal():
+    """128 MB beyond output, weights and cache, also for the larger model with graphs: counted, not allocated."""
+    config, rows = ViTUpConfig.preset("dinov3_base"), vitup_fast.model.CHUNK_QUERIES["cuda"]
+    workspace = Workspace(rows, config.dim, torch.bfloat16, torch.device("meta"))
+    blocks, tokens = config.num_layers - 1, 28 * 28
+    copies = blocks * (3 * tokens * config.dim * 2 + 256 * 2 * config.dim * 4) + rows * (8 + 16)
+    assert workspace.nbytes + copies < 128e6

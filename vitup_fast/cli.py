@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = _Parser(prog="vitup-fast", description="Vision transformer features at any image coordinate.")
     parser.add_argument("--version", action="version", version=f"vitup-fast {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{upsample,info,bench,tune}", parser_class=_Parser)
+    commands = parser.add_subparsers(
+        required=True, metavar="{upsample,info,bench,tune}", parser_class=_Parser
+    )
 
     upsample = commands.add_parser("upsample", help="write upsampled features of image files")
     upsample.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
@@ -95,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="show versions, devices and implementations")
     info.set_defaults(run=_info)
     commands.add_parser("bench", help="measure speed and accuracy against plain PyTorch", add_help=False)
-    commands.add_parser("tune", help="find the fastest launch settings of the kernels on this GPU", add_help=False)
+    commands.add_parser(
+        "tune", help="find the fastest launch settings of the kernels on this GPU", add_help=False
+    )
     return parser
 
 
