@@ -32,7 +32,7 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 GELU_NONE, GELU_EXACT, GELU_SIGMOID, GELU_TANH = (tl.constexpr(kind) for kind in range(4))
 EPS = tl.constexpr(LAYER_NORM_EPS)
 
-_GELU_KINDS = {torch.float16: GELU_SIGMOID, torch.bfloat16: GELU_TANH}
+_GELU_KINDS = {torch.float16: GELU_SIGMOID.value, torch.bfloat16: GELU_TANH.value}
 
 
 @triton.jit
@@ -417,7 +417,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, role: str, **
     if 0 in grid:
         return
     first = next(a for a in arguments if isinstance(a, Tensor))
-    guard = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
+    elsewhere = first.is_cuda and first.device.index != torch.cuda.current_device()
+    guard = torch.cuda.device(first.device) if elsewhere else contextlib.nullcontext()
     try:
         with guard:
             kernel[grid](*arguments, **options, enable_fp_fusion=True)
@@ -445,9 +446,9 @@ def centers(dtype: torch.dtype) -> bool:
     return dtype.itemsize > 2
 
 
-def gelu_kind(dtype: torch.dtype) -> tl.constexpr:
+def gelu_kind(dtype: torch.dtype) -> int:
     """How GELU is computed in a dtype: as exactly as the dtype can show."""
-    return _GELU_KINDS.get(dtype, GELU_EXACT)
+    return _GELU_KINDS.get(dtype, GELU_EXACT.value)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

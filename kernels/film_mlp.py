@@ -25,6 +25,22 @@ from .residual_mlp import FoldedMLP, fold_mlp, normed_mlp_backward
 
 
 @triton.jit
+def position_waves(
+    p_coords, p_freqs, o_row, m_row, o_column, token_h, token_w, BANDS: tl.constexpr, ACC: tl.constexpr
+):
+    """For each column of the position code: relative position, frequency, sine, cosine, and whether along x."""
+    _, rx = nearest_relative(tl.load(p_coords + 2 * o_row, mask=m_row, other=0.0), token_w)
+    _, ry = nearest_relative(tl.load(p_coords + 2 * o_row + 1, mask=m_row, other=0.0), token_h)
+    angle = o_column - 2
+    is_angle = (angle >= 0) & (angle < 4 * BANDS)
+    along_x = tl.where(is_angle, angle // BANDS % 2 == 0, o_column == 0)[None, :]
+    relative = tl.where(along_x, rx[:, None], ry[:, None]).to(ACC)
+    frequency = tl.load(p_freqs + angle % BANDS, mask=is_angle, other=0.0).to(ACC)
+    sine, cosine = sine_cosine(relative * (frequency * 0.5)[None, :])
+    return relative, frequency, sine, cosine, along_x
+
+
+@triton.jit
 def position_code_kernel(
     p_coords,  # [M, 2]
     p_freqs,  # [BANDS]
@@ -42,14 +58,11 @@ def position_code_kernel(
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_column = tl.arange(0, BLOCK_D)
     m_row = o_row < M
-    _, rx = nearest_relative(tl.load(p_coords + 2 * o_row, mask=m_row, other=0.0), token_w)
-    _, ry = nearest_relative(tl.load(p_coords + 2 * o_row + 1, mask=m_row, other=0.0), token_h)
+    relative, frequency, sine, cosine, along_x = position_waves(
+        p_coords, p_freqs, o_row, m_row, o_column, token_h, token_w, BANDS, ACC
+    )
     angle = o_column - 2
     is_angle = (angle >= 0) & (angle < 4 * BANDS)
-    along_x = tl.where(is_angle, angle // BANDS % 2 == 0, o_column == 0)[None, :]
-    relative = tl.where(along_x, rx[:, None], ry[:, None]).to(ACC)
-    frequency = tl.load(p_freqs + angle % BANDS, mask=is_angle, other=0.0).to(ACC)
-    sine, cosine = sine_cosine(relative * (frequency * 0.5)[None, :])
     wave = tl.where((angle < 2 * BANDS)[None, :], sine, cosine)
     code = tl.where(is_angle[None, :], wave, tl.where((o_column < 2)[None, :], relative, 0.0))
     o_code = o_row[:, None] * WIDTH + o_column[None, :]
@@ -76,14 +89,11 @@ def position_code_backward_kernel(
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_column = tl.arange(0, BLOCK_D)
     m_row = o_row < M
-    _, rx = nearest_relative(tl.load(p_coords + 2 * o_row, mask=m_row, other=0.0), token_w)
-    _, ry = nearest_relative(tl.load(p_coords + 2 * o_row + 1, mask=m_row, other=0.0), token_h)
+    relative, frequency, sine, cosine, along_x = position_waves(
+        p_coords, p_freqs, o_row, m_row, o_column, token_h, token_w, BANDS, ACC
+    )
     angle = o_column - 2
     is_angle = (angle >= 0) & (angle < 4 * BANDS)
-    along_x = tl.where(is_angle, angle // BANDS % 2 == 0, o_column == 0)[None, :]
-    relative = tl.where(along_x, rx[:, None], ry[:, None]).to(ACC)
-    frequency = tl.load(p_freqs + angle % BANDS, mask=is_angle, other=0.0).to(ACC)
-    sine, cosine = sine_cosine(relative * (frequency * 0.5)[None, :])
     slope = tl.where((angle < 2 * BANDS)[None, :], cosine, -sine) * (frequency * 3.141592653589793)[None, :]
     slope = tl.where(is_angle[None, :], slope, tl.where((o_column < 2)[None, :], 1.0, 0.0))
     o_code = o_row[:, None] * WIDTH + o_column[None, :]

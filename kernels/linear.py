@@ -450,7 +450,7 @@ def linear(
         N=N,
         PARTS=0 if moments is None else moments.shape[1],
         CENTER=moments is not None and centers(x.dtype),
-        GELU=gelu_kind(x.dtype) if gelu else GELU_NONE,
+        GELU=gelu_kind(x.dtype) if gelu else GELU_NONE.value,
         OUT_NORM=out_norm is not None and complete,
         RESIDUAL=residual is not None and not norm_apart,
         RESIDUAL_FIRST=only_adds and x.dtype.itemsize == 2,
