@@ -523,7 +523,7 @@ def weight_gradient(left: Tensor, right: Tensor) -> Tensor:
     blocks = settings_for("weight_gradient", left, min(P, Q))
     tiles = triton.cdiv(P, blocks["BLOCK_M"]) * triton.cdiv(Q, blocks["BLOCK_N"])
     splits = max(1, min(triton.cdiv(M, SPLIT_ROWS), triton.cdiv(FULL_GRID, tiles)))
-    rows = triton.cdiv(triton.cdiv(M, splits), blocks["BLOCK_K"]) * blocks["BLOCK_K"]
+    rows = max(1, triton.cdiv(triton.cdiv(M, splits), blocks["BLOCK_K"])) * blocks["BLOCK_K"]
     partial = torch.empty(splits, P, Q, dtype=wide(left.dtype), device=left.device)
     launch(
         weight_gradient_kernel,

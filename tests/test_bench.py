@@ -492,8 +492,11 @@ def test_implementations_of_a_device(monkeypatch):
     assert check_implementations(None, CPU) == ["torch"]
     with pytest.raises(InputError, match="it is not built"):
         check_implementations(["cuda"], cuda)
+    monkeypatch.setattr(harness, "interpreted", lambda: False)
     with pytest.raises(InputError, match="runs on a GPU"):
         check_implementations(["triton"], CPU)
+    monkeypatch.setattr(harness, "interpreted", lambda: True)
+    assert check_implementations(["triton"], CPU) == ["triton"]
 
 
 def test_what_failed_its_checks_is_not_timed(fake_probes, tmp_path, capsys):
