@@ -58,7 +58,7 @@ def position_code_kernel(
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_column = tl.arange(0, BLOCK_D)
     m_row = o_row < M
-    relative, frequency, sine, cosine, along_x = position_waves(
+    relative, _, sine, cosine, _ = position_waves(
         p_coords, p_freqs, o_row, m_row, o_column, token_h, token_w, BANDS, ACC
     )
     angle = o_column - 2
@@ -89,7 +89,7 @@ def position_code_backward_kernel(
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_column = tl.arange(0, BLOCK_D)
     m_row = o_row < M
-    relative, frequency, sine, cosine, along_x = position_waves(
+    _, frequency, sine, cosine, along_x = position_waves(
         p_coords, p_freqs, o_row, m_row, o_column, token_h, token_w, BANDS, ACC
     )
     angle = o_column - 2
