@@ -209,6 +209,20 @@ def test_head_is_folded(model, images):
     assert scores.shape == (2, 4, 6, 3)
 
 
+def test_labels_are_the_largest_scores(model, images):
+    head, query = nn.Linear(TINY.dim, 5), coords(2, 7)
+    pixels = query[0] * torch.tensor(images.shape[:1:-1])
+    with torch.no_grad():
+        for call in (
+            lambda **options: model(images, query, **options),
+            lambda **options: model.dense(None, (4, 6), **options),
+            lambda **options: model.points(pixels, **options),
+        ):
+            labels, scores = call(head=head, labels=True), call(head=head)
+            assert labels.dtype == torch.uint8
+            assert torch.equal(labels.long(), scores.argmax(-1))
+
+
 def test_gradients_flow_unless_disabled(model, images):
     pixels, query = images.requires_grad_(), coords(2, 6).requires_grad_()
     model(pixels, query).square().sum().backward()

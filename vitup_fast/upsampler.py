@@ -172,6 +172,7 @@ class Upsampler(nn.Module):
         return_all_layers: bool = False,
         *,
         head: Head | None = None,
+        labels: bool = False,
     ) -> Tensor | list[Tensor]:  # [B, N, D]
         """Predict features at continuous coordinates.
 
@@ -182,9 +183,10 @@ class Upsampler(nn.Module):
             return_all_layers: return the list of features of all L depths.
             head: linear head folded into the decoder (``nn.Linear``, 1x1 ``nn.Conv2d`` or (weight, bias)); the
                 output is then its C scores per query.
+            labels: return the index of the head's largest score instead: uint8 up to 256 classes.
 
         Returns:
-            Features ``[B, N, D]``, scores ``[B, N, C]``, or the list of features.
+            Features ``[B, N, D]``, scores ``[B, N, C]``, labels ``[B, N]``, or the list of features.
 
         Raises:
             InputError: an argument that does not fit, or no images yet.
@@ -195,7 +197,8 @@ class Upsampler(nn.Module):
         cache = self._images(images)
         options = self._budget(query_chunk_size)
         coords = query_coords.to(self.device)
-        return self.vit_up(cache, coords, return_all_layers=return_all_layers, head=head, **options)
+        outputs = {"return_all_layers": return_all_layers, "head": head, "labels": labels}
+        return self.vit_up(cache, coords, **outputs, **options)
 
     def dense(
         self,
@@ -204,6 +207,7 @@ class Upsampler(nn.Module):
         *,
         return_all_layers: bool = False,
         head: Head | None = None,
+        labels: bool = False,
         query_chunk_size: int | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> Tensor | list[Tensor]:  # [B, H, W, D]
@@ -214,11 +218,12 @@ class Upsampler(nn.Module):
             size: rows and columns (H, W) of the output; None means one feature per image pixel.
             return_all_layers: see :meth:`forward`.
             head: see :meth:`forward`.
+            labels: see :meth:`forward`.
             query_chunk_size: overrides that of the constructor.
             progress: called after every chunk with the number of grid cells done in it.
 
         Returns:
-            Features ``[B, H, W, D]``, scores ``[B, H, W, C]``, or the list of features.
+            Features ``[B, H, W, D]``, scores ``[B, H, W, C]``, labels ``[B, H, W]``, or the list of features.
 
         Raises:
             InputError: an argument that does not fit, or no images yet.
@@ -230,6 +235,7 @@ class Upsampler(nn.Module):
             size,
             return_all_layers=return_all_layers,
             head=head,
+            labels=labels,
             progress=progress,
             **self._budget(query_chunk_size),
         )
@@ -241,6 +247,7 @@ class Upsampler(nn.Module):
         *,
         return_all_layers: bool = False,
         head: Head | None = None,
+        labels: bool = False,
         query_chunk_size: int | None = None,
     ) -> Tensor | list[Tensor]:  # [B, N, D]
         """Predict features at positions given in pixels of the image.
@@ -251,10 +258,11 @@ class Upsampler(nn.Module):
             images: new images as for :meth:`set_images`; None keeps those set last.
             return_all_layers: see :meth:`forward`.
             head: see :meth:`forward`.
+            labels: see :meth:`forward`.
             query_chunk_size: overrides that of the constructor.
 
         Returns:
-            Features ``[B, N, D]``, scores ``[B, N, C]``, or the list of features.
+            Features ``[B, N, D]``, scores ``[B, N, C]``, labels ``[B, N]``, or the list of features.
 
         Raises:
             InputError: an argument that does not fit, or no images yet.
@@ -275,6 +283,7 @@ class Upsampler(nn.Module):
             query_chunk_size=query_chunk_size,
             return_all_layers=return_all_layers,
             head=head,
+            labels=labels,
         )
 
     def _images(self, images: Tensor | Image | None) -> ImageCache:
