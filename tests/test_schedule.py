@@ -142,6 +142,19 @@ def test_graphs_follow_images_coordinates_and_weights(network, cache, coords, re
             close(changed(cache, coords, impl="triton"), changed(cache, coords, impl="reference"))
 
 
+@pytest.mark.parametrize(
+    "modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)]
+)
+def test_inference_mode_and_no_grad_share_graphs(network, coords, recorded, modes):
+    with modes[0]():
+        cache = network.prepare(*make_image(7), impl="reference")
+    for mode in modes:
+        with mode():
+            for _ in range(3):
+                close(network(cache, coords, impl="triton"), network(cache, coords, impl="reference"))
+    assert recorded["recorded"] == 1
+
+
 @pytest.mark.parametrize("chunk", [15, COUNT, 40])
 def test_graphs_with_ragged_chunks_and_groups_of_images(network, coords, recorded, chunk):
     images = make_image(6, batch=3)

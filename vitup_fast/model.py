@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple, SupportsIndex, TypeVar
 from weakref import WeakKeyDictionary
@@ -645,7 +646,11 @@ class ViTUp(nn.Module):
         """Walk spans of queries through the network with fused kernels, in memory that is reused."""
         B, last, device = cache.batch_size, self.config.num_layers - 1, self.device
         dtype = self._compute_dtype()
-        with on_device(device), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        # What is kept for later calls must not be inference tensors: those could not be written outside that mode.
+        plain = torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False)
+        with ExitStack() as modes:
+            for mode in (on_device(device), *plain):
+                modes.enter_context(mode)
             scheduler = self._scheduler(dtype)
             decoders = {depth: scheduler.decoders[depth] for depth in depths}
             if folded:
