@@ -15,6 +15,8 @@
 #   training      40  forward and backward of 75 000 queries
 #   profile       25  kernel times of one dense 448 pass per implementation
 #   roofline      10  picture of all the above
+# and only by name:
+#   tune         500  launch settings for this GPU, written to RESULTS_DIR/settings.json; goes on where it stopped
 #
 # Every step writes NAME.log and NAME.json into RESULTS_DIR as it goes, so that a step cut short leaves what it has.
 # What fails in correctness.json is not timed, in later calls with the same directory either. VITUP_BENCH_DEVICE names
@@ -24,7 +26,8 @@ set -uo pipefail
 
 stages=(environment compilation correctness sanitizer peaks operations compiled end_to_end training profile roofline)
 declare -A share=([environment]=10 [compilation]=70 [correctness]=60 [sanitizer]=60 [peaks]=15 [operations]=55 [compiled]=90
-  [end_to_end]=90 [training]=40 [profile]=25 [roofline]=10)
+  [end_to_end]=90 [training]=40 [profile]=25 [roofline]=10 [tune]=500)
+extra=(tune)
 total_seconds=530
 device=${VITUP_BENCH_DEVICE:-cuda}
 python=${PYTHON:-python3}
@@ -32,7 +35,7 @@ results=
 chosen=()
 
 usage() {
-  echo "$1 (usage: bench/run_gpu.sh RESULTS_DIR [--device DEVICE] [STAGE ...], stages: ${stages[*]})" >&2
+  echo "$1 (usage: bench/run_gpu.sh RESULTS_DIR [--device DEVICE] [STAGE ...], stages: ${stages[*]} ${extra[*]})" >&2
   exit 2
 }
 
@@ -47,7 +50,7 @@ while (($#)); do
     *)
       if [[ -z $results ]]; then
         results=$1
-      elif [[ " ${stages[*]} " == *" $1 "* ]]; then
+      elif [[ " ${stages[*]} ${extra[*]} " == *" $1 "* ]]; then
         chosen+=("$1")
       else
         usage "unknown stage $1"
@@ -209,6 +212,14 @@ training() {
 }
 
 profile() { bench profile 25 kernel_times --preset "$splus" --dtype "${dtypes[0]}" --side "$side"; }
+
+tune() {
+  if [[ $device == cpu* ]]; then
+    echo "tune: left out, it needs a GPU"
+    return
+  fi
+  step tune 500 "$python" -m vitup_fast.bench.tune --device "$device" --dtype bfloat16 --output "$results/settings.json"
+}
 
 roofline() {
   local file files=()

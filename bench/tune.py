@@ -8,11 +8,15 @@ written after every kernel, so that an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +117,19 @@ def runner(role: Role, arguments: Arguments, impl: str) -> Callable[[], list[Ten
     return run
 
 
+def compile_candidate(
+    name: str, settings: Settings, sizes: Sizes, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Run a role once with some settings, so that Triton's cache, which processes share, holds what it needs."""
+    from vitup_fast.kernels import common
+
+    role = ROLES[name]
+    generator = torch.Generator().manual_seed(0)
+    arguments = OPERATIONS[role.operation].inputs(sizes, generator, dtype=dtype, device=device)
+    with contextlib.suppress(KernelError), common.overridden_settings({name: settings}):
+        runner(role, arguments, "triton")()
+
+
 def tune_role(
     name: str,
     sizes: Sizes,
@@ -207,11 +224,18 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--roles", nargs="+", choices=tuple(ROLES), default=list(ROLES), help="kernels to tune (default: all)"
     )
     add("--queries", type=int, default=8448, help="queries per chunk (default: 8448)")
+    add(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        help="processes that compile (default: up to 8)",
+    )
     add("--again", action="store_true", help="tune also what an earlier run has tuned")
     add("--output", type=Path, metavar="PATH", help="settings file (default: where the library looks)")
     options = parser.parse_args(argv)
-    if options.queries < 1:
-        raise expected("--queries", "a positive integer", options.queries)
+    for count in ("queries", "workers"):
+        if getattr(options, count) < 1:
+            raise expected(f"--{count}", "a positive integer", getattr(options, count))
     device = check_device(options.device)
     resolve("triton", torch.empty(0, device=device), {})
     tqdm = require("tqdm", "demo", "The progress of the tuner").tqdm
@@ -221,26 +245,33 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     version = ".".join(common.triton.__version__.split(".")[:2])
     found = read_settings(path)
     stopwatch = stopwatch_for(device)
-    for dtype_name, preset, name in itertools.product(options.dtype, options.preset, options.roles):
-        config, dtype = ViTUpConfig.preset(preset), DTYPES[dtype_name]
-        kind = "half" if dtype.itemsize == 2 else "float32"
-        width = config.head_dim if ROLES[name].operation == "rope_cross_attention" else config.dim
-        by_width = found.setdefault(version, {}).setdefault(kind, {}).setdefault(name, {})
-        if str(width) in by_width and not options.again:
-            continue
-        queries = min(options.queries, FEW_QUERIES) if ROLES[name].few else options.queries
-        sizes = Sizes(1, queries, config.dim, config.num_heads, (28, 28), (224, 224), 4)
-        with tqdm(total=sum(1 for _ in candidates(ROLES[name])), desc=f"{dtype_name} {name} {width}") as bar:
-            best, least, before = tune_role(name, sizes, dtype, device, stopwatch, bar.update)
-        if least == float("inf"):
-            print(f"{dtype_name} {name}, width {width}: no settings work; nothing kept", file=sys.stderr)
-            continue
-        by_width[str(width)] = best
-        by_width.setdefault("default", best)
-        write_json(path, found)
-        print(
-            f"{dtype_name} {name}, width {width}: {1e3 * least:.3f} ms (was {1e3 * before:.3f} ms) with {best}"
-        )
+    with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for dtype_name, preset, name in itertools.product(options.dtype, options.preset, options.roles):
+            config, dtype = ViTUpConfig.preset(preset), DTYPES[dtype_name]
+            kind = "half" if dtype.itemsize == 2 else "float32"
+            width = config.head_dim if ROLES[name].operation == "rope_cross_attention" else config.dim
+            by_width = found.setdefault(version, {}).setdefault(kind, {}).setdefault(name, {})
+            if str(width) in by_width and not options.again:
+                continue
+            queries = min(options.queries, FEW_QUERIES) if ROLES[name].few else options.queries
+            sizes = Sizes(1, queries, config.dim, config.num_heads, (28, 28), (224, 224), 4)
+            tasks = [(name, settings, sizes, dtype, device) for settings in candidates(ROLES[name])]
+            title = f"{dtype_name} {name} {width}"
+            with tqdm(total=len(tasks), desc=f"{title}: compile") as bar:
+                for future in as_completed([pool.submit(compile_candidate, *task) for task in tasks]):
+                    future.result()
+                    bar.update()
+            with tqdm(total=len(tasks), desc=f"{title}: time") as bar:
+                best, least, before = tune_role(name, sizes, dtype, device, stopwatch, bar.update)
+            if least == float("inf"):
+                print(f"{dtype_name} {name}, width {width}: no settings work; nothing kept", file=sys.stderr)
+                continue
+            by_width[str(width)] = best
+            by_width.setdefault("default", best)
+            write_json(path, found)
+            print(
+                f"{dtype_name} {name}, width {width}: {1e3 * least:.3f} ms (was {1e3 * before:.3f} ms) with {best}"
+            )
     for cached in (common._tables, common._setting):
         cached.cache_clear()
     print(f"settings for {device_name} with Triton {version}: {path}")

@@ -387,7 +387,7 @@ def multiprocessors(x: Tensor) -> int:
 def _setting(role: str, kind: str, width: int, device_name: str, capability: int) -> dict[str, Any]:
     for table in _tables(device_name, capability):
         by_width = table.get(kind, {}).get(role)
-        if by_width is not None:
+        if by_width:
             return dict(by_width.get(str(width), by_width["default"]))
     raise LookupError(f"no launch settings for {role} in {kind}")
 
