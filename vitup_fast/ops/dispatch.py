@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import expected
 
 NAMESPACE = "vitup_fast"
+Result = TypeVar("Result")
 
 
 class Implementation(NamedTuple):
@@ -50,6 +51,16 @@ OLDEST_TRITON = (3, 6)
 HEAD_DIMS = (32, 64, 128)
 
 
+def _constant_to_compiler(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Mark what depends on the machine alone, and how it is found cannot be traced.
+
+    This is all that ``torch.compiler.assume_constant_result`` does, but that would load the compiler at import.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_to_compiler
 def interpreted() -> bool:
     """Whether Triton's interpreter is switched on, which runs the kernels on the CPU, slowly."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
@@ -67,12 +78,21 @@ def _triton_package_obstacle() -> str | None:
     return None
 
 
+@_constant_to_compiler
 def _triton_obstacle() -> str | None:
     """Why the Triton kernels cannot run on this machine, or None."""
     obstacle = _triton_package_obstacle()
     if obstacle is None and not interpreted() and not (torch.version.cuda and torch.cuda.is_available()):
         return "no NVIDIA GPU is available"
     return obstacle
+
+
+@_constant_to_compiler
+def _too_old(device_index: int) -> str | None:
+    """Why a GPU is too old for the kernels, or None."""
+    if torch.cuda.get_device_capability(device_index) >= (8, 0):
+        return None
+    return f"{torch.cuda.get_device_name(device_index)} is older than compute capability 8.0"
 
 
 def _triton_obstacle_for(x: Tensor, widths: Mapping[str, int], head_dim: int | None) -> str | None:
@@ -83,8 +103,9 @@ def _triton_obstacle_for(x: Tensor, widths: Mapping[str, int], head_dim: int | N
     if not interpreted():
         if not x.is_cuda:
             return f"the features are on {x.device}, not on a GPU"
-        if torch.cuda.get_device_capability(x.device) < (8, 0):
-            return f"{torch.cuda.get_device_name(x.device)} is older than compute capability 8.0"
+        too_old = _too_old(x.device.index)
+        if too_old is not None:
+            return too_old
         if x.dtype == torch.float64:
             return "the kernels take bfloat16, float16 and float32, not float64"
     for name, width in widths.items():
