@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-from vitup_fast.bench.harness import exit_code, write_json
+from vitup_fast.bench.harness import exit_code, write_text
 from vitup_fast.kernels import bilinear_sample, common, film_mlp, linear, norm_linear, residual_mlp
 from vitup_fast.kernels import rope_cross_attention as attention
 
@@ -337,6 +337,15 @@ def read_report() -> dict[str, dict[str, dict[str, Any]]]:
     return json.loads(REPORT.read_text()) if REPORT.exists() else {}
 
 
+def write_report(report: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Write the report, a line for each compilation."""
+    blocks = []
+    for version, entries in report.items():
+        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entries[name])}" for name in sorted(entries))
+        blocks.append(f"  {json.dumps(version)}: {{\n{lines}\n  }}")
+    write_text(REPORT, "{\n" + ",\n".join(blocks) + "\n}\n")
+
+
 def is_current(unit: Unit, entry: dict[str, Any] | None) -> bool:
     """Whether an entry of the report was made from the present source; faults are looked at again."""
     return (
@@ -404,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             names = {u.name for u in every}
             known = {n: e for n, e in {**known, **entries}.items() if n in names}
-            write_json(REPORT, {**report, version: dict(sorted(known.items()))})
+            write_report({**report, version: known})
     else:
         for unit in wanted:
             failed = True

@@ -521,12 +521,16 @@ def device_name(device: torch.device) -> str:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON under a temporary name in the same directory, then rename: nobody sees half a file."""
+    """Write indented JSON with :func:`write_text`."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name in the same directory, then rename: nobody sees half a file."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
+            file.write(text)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
