@@ -101,8 +101,8 @@ def network_launches(dim: int, dtype: torch.dtype, target: int) -> list[common.L
         query = attention.fold_query(*norm, *square, 64)
         attention.attend(x, moments, query, coords, key, key, inv_freq, (h, w))
         linear.linear(rows, linear.fold(*square), residual=rows, want_moments=True)
-        for source in (film_mlp._source(None, tokens, position, *gridded)[0],
-                       film_mlp._source(coords, tokens, position, *scattered)[0]):  # fmt: skip
+        for where, table_or_freqs in ((None, gridded), (coords, scattered)):
+            source, _ = film_mlp.film_source(where, tokens, position, *table_or_freqs)
             film_mlp.film_mlp(
                 x, tokens, source, residual_mlp.fold_mlp(*mlp_weights(4)), norm, want_moments=True
             )

@@ -335,7 +335,7 @@ def film_mlp(
     )
 
 
-def _source(
+def film_source(
     coords: Tensor | None,
     tokens: Tensor,
     position: tuple[Tensor | None, ...],
@@ -364,7 +364,7 @@ def forward(
     position, mlp = weights_and_table[:4], weights_and_table[4:10]
     out_norm = tuple(t.contiguous() for t in weights_and_table[10:12])
     x, tokens = x.contiguous(), tokens.contiguous()
-    source, _ = _source(coords, tokens, position, *weights_and_table[12:])
+    source, _ = film_source(coords, tokens, position, *weights_and_table[12:])
     return film_mlp(x, tokens, source, fold_mlp(*mlp), out_norm)[0].view_as(x)
 
 
@@ -383,7 +383,7 @@ def backward(
     x, tokens = x.contiguous(), tokens.contiguous()
     (B, N, D), (h, w) = x.shape, tokens.shape[1:3]
     grad_rows = grad.view(-1, D)
-    source, code = _source(coords, tokens, position, table, freqs, row, token)
+    source, code = film_source(coords, tokens, position, table, freqs, row, token)
     modulated, moments = modulate(x, tokens, source)
     layers = fold_mlp(*mlp)
     hidden, _ = linear(modulated, layers.first, moments, gelu=True)
