@@ -200,8 +200,8 @@ def kernel_named(name: str) -> JITFunction:
     raise LookupError(name)
 
 
-def source_digest(kernel: JITFunction) -> str:
-    """Digest of a kernel's source and that of every device function and constant it uses."""
+def digest(unit: Unit) -> str:
+    """Digest of all that decides a unit's code: its arguments, and the sources of its kernel and of what that uses."""
     seen: dict[str, str] = {}
 
     def visit(function: JITFunction) -> None:
@@ -213,8 +213,8 @@ def source_digest(kernel: JITFunction) -> str:
             elif isinstance(used, tl.constexpr):
                 seen[word] = str(used.value)
 
-    visit(kernel)
-    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
+    visit(kernel_named(unit.kernel))
+    return hashlib.sha256(json.dumps([unit.signature, seen], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def instructions(cubin: bytes) -> list[tuple[int, str]]:
@@ -348,11 +348,7 @@ def write_report(report: dict[str, dict[str, dict[str, Any]]]) -> None:
 
 def is_current(unit: Unit, entry: dict[str, Any] | None) -> bool:
     """Whether an entry of the report was made from the present source; faults are looked at again."""
-    return (
-        entry is not None
-        and not entry["faults"]
-        and entry["source"] == source_digest(kernel_named(unit.kernel))
-    )
+    return entry is not None and not entry["faults"] and entry["source"] == digest(unit)
 
 
 def compile_all(wanted: Sequence[Unit], workers: int) -> dict[str, dict[str, Any]]:
@@ -360,7 +356,7 @@ def compile_all(wanted: Sequence[Unit], workers: int) -> dict[str, dict[str, Any
     entries = {}
     with ProcessPoolExecutor(workers) as pool:
         for number, (unit, result) in enumerate(zip(wanted, pool.map(compile_unit, wanted), strict=True), 1):
-            entries[unit.name] = {"source": source_digest(kernel_named(unit.kernel)), **result}
+            entries[unit.name] = {"source": digest(unit), **result}
             print(f"[{number}/{len(wanted)}] {unit.name}: {summary(result)}", flush=True)
     return entries
 
