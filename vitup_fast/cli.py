@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import __version__
+from . import __version__, extension
 from .errors import InputError, MissingPackageError, expected, require
 from .images import feature_picture, normalise, read_image, write_atomically
 from .model import check_size
@@ -193,8 +193,16 @@ def _save_picture(path: Path, image: Image, model: Upsampler, features: Tensor) 
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
+def _describe(part: str) -> str:
+    """Say which machines a part of the extension serves."""
+    module = extension.load()
+    if part == "cuda":
+        return f"for compute capabilities {module.cuda_architectures}"
+    return f"{module.cpu.instruction_set()} (runs here: {', '.join(module.cpu.instruction_sets())})"
+
+
 def _info(_: argparse.Namespace) -> int:
-    """Print versions, devices and implementations."""
+    """Print versions, devices, what was compiled, and implementations."""
     print(f"vitup-fast {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in PACKAGES:
         try:
@@ -209,6 +217,10 @@ def _info(_: argparse.Namespace) -> int:
         capability = f"{properties.major}.{properties.minor}"
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         print(f"  cuda:{index:<11} {properties.name}, {memory}, compute capability {capability}")
+    print("extension")
+    print(f"  build            {extension.summary()}")
+    for part in extension.KERNELS:
+        print(f"  {part:16} {extension.obstacle(part) or _describe(part)}")
     print("implementations")
     for name, available, reason in implementations():
         print(f"  {name:16} {'yes' if available else 'no':4} {reason}")
