@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, SupportsIndex, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -57,8 +57,16 @@ from .schedule import (
     wants_graph,
 )
 
+if TYPE_CHECKING:
+    from .cpu import CpuScheduler
+
+if TYPE_CHECKING:
+    from .cpu import CpuScheduler
+
 # Queries whose activations stay in the last-level cache while a block's weights pass by.
 CHUNK_QUERIES = {"cpu": 1568, "cuda": 8448}
+# Implementations that walk chunks themselves where no gradient is asked for, without operators in between.
+SCHEDULED = ("triton", "cpu", "cpu_int8")
 # A table of relative positions is computed once per call up to this many rows, beyond that once per chunk.
 SHARED_TABLE_ROWS = 2048
 
@@ -181,7 +189,7 @@ class _Options(NamedTuple):
     head: Head | None
     labels: bool
     chunk: int
-    budgeted: bool
+    scratch_bytes: int | None  # what a budget leaves beside the chunk's activations
     impl: str
     coords_require_grad: bool = False
     progress: Callable[[int], object] | None = None
@@ -422,7 +430,7 @@ class ViTUp(nn.Module):
             labels: return the index of each query's largest score instead, ``[B, N]``: uint8 up to 256 classes.
             query_chunk_size: queries walked through the network at once; the result does not depend on it.
             max_memory: bytes that the pass may use beyond weights, cache and output, instead of a chunk size.
-            impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+            impl: ``"auto"`` or a name of :func:`vitup_fast.ops.implementations`.
 
         Returns:
             Features in the network's dtype, or the list of L; differentiable unless gradients are disabled.
@@ -436,15 +444,16 @@ class ViTUp(nn.Module):
             raise expected("coords", f"device {self.device} of the network", coords.device)
         count = coords.shape[1]
         single = torch.compiler.is_compiling() and query_chunk_size is None and max_memory is None
-        per_query = self._query_bytes(return_all_layers, head)
-        chunk = count if single else self._chunk(query_chunk_size, max_memory, per_query)
+        implementation = self._resolve(impl, cache)
+        per_query = self._query_bytes(implementation, return_all_layers, head)
+        chunk, scratch = self._chunk(implementation, query_chunk_size, max_memory, per_query)
+        chunk = count if single else chunk
         spans = [slice(0, count)] if single else _spans(count, chunk)
 
         def queries(span: slice) -> _Queries:
             return _Queries(coords[:, span], [None] * len(self.vit_up_blocks))
 
-        budgeted = max_memory is not None
-        options = _Options(return_all_layers, head, labels, chunk, budgeted, impl, coords.requires_grad)
+        options = _Options(return_all_layers, head, labels, chunk, scratch, impl, coords.requires_grad)
         return self._run(cache, count, spans, queries, options)
 
     def dense(
@@ -487,8 +496,9 @@ class ViTUp(nn.Module):
         wide = torch.promote_types(self.dtype, torch.float32)
         # A chunk's table has at most half as many rows as the chunk queries, and so has a shared one on a budget.
         table_bytes = len(self.vit_up_blocks) * self.config.dim * wide.itemsize
-        per_query = self._query_bytes(return_all_layers, head) + table_bytes
-        chunk = self._chunk(query_chunk_size, max_memory, per_query)
+        implementation = self._resolve(impl, cache)
+        per_query = self._query_bytes(implementation, return_all_layers, head) + table_bytes
+        chunk, scratch = self._chunk(implementation, query_chunk_size, max_memory, per_query)
         rows, cols = (
             _GridAxis.create(cells, tokens, wide, self.device)
             for cells, tokens in zip((H, W), cache.token_grid, strict=True)
@@ -498,7 +508,7 @@ class ViTUp(nn.Module):
         exact_cells = all(n & (n - 1) == 0 for n in (H, W))
         dtype = self._compute_dtype()
         precise = dtype == torch.float64 or (dtype == torch.float32 and exact_cells)
-        tabulate = self._resolve(impl, cache) != "reference" and not precise
+        tabulate = implementation != "reference" and not precise
         shared = None
         distinct = len(rows.relative) * len(cols.relative)
         if tabulate and distinct <= (SHARED_TABLE_ROWS if max_memory is None else chunk // 2):
@@ -515,8 +525,7 @@ class ViTUp(nn.Module):
             spans = [slice(y.start * W, y.stop * W) for y in _spans(H, chunk // W)]
         else:
             spans = [slice(row * W + x.start, row * W + x.stop) for row in range(H) for x in _spans(W, chunk)]
-        budgeted = max_memory is not None
-        options = _Options(return_all_layers, head, labels, chunk, budgeted, impl, progress=progress)
+        options = _Options(return_all_layers, head, labels, chunk, scratch, impl, progress=progress)
         output = self._run(cache, H * W, spans, queries, options)
         if return_all_layers:
             return [layer.unflatten(1, (H, W)) for layer in output]
@@ -572,8 +581,10 @@ class ViTUp(nn.Module):
         depths = range(L) if options.return_all_layers else (L - 1,)
         images = max(1, options.chunk // max(1, count))  # whose queries share a chunk
         groups = _spans(B, images)
-        if implementation == "triton" and not tracks_grad and not torch.compiler.is_compiling():
-            outputs = self._run_scheduled(cache, count, spans, groups, queries, depths, folded, options)
+        if implementation in SCHEDULED and not tracks_grad and not torch.compiler.is_compiling():
+            outputs = self._run_scheduled(
+                implementation, cache, count, spans, groups, queries, depths, folded, options
+            )
             return outputs if options.return_all_layers else outputs[0]
         weights = self._weights(packed=not tracks_grad and implementation == "torch")
         decoders = {depth: weights.decoders[depth] for depth in depths}
@@ -634,6 +645,7 @@ class ViTUp(nn.Module):
 
     def _run_scheduled(
         self,
+        implementation: str,
         cache: ImageCache,
         count: int,
         spans: Sequence[slice],
@@ -651,15 +663,15 @@ class ViTUp(nn.Module):
         with ExitStack() as modes:
             for mode in (on_device(device), *plain):
                 modes.enter_context(mode)
-            scheduler = self._scheduler(dtype)
+            scheduler = self._scheduler(implementation, dtype)
             decoders = {depth: scheduler.decoders[depth] for depth in depths}
             if folded:
                 norm, _ = self.decoder_mlp[last].mlp
                 parameters = (t.detach().to(dtype) for t in (*_parameters(norm), *folded))
-                decoders[last] = fold_decoder(DecoderWeights(*parameters))
+                decoders[last] = scheduler.fold_decoder(DecoderWeights(*parameters))
             outputs = {}
-            for depth, decoder in decoders.items():
-                classes = decoder.weight.shape[0]
+            for depth in depths:
+                classes = folded[0].shape[0] if folded and depth == last else self.config.dim
                 shape = (B, count) if options.labels else (B, count, classes)
                 kind = label_dtype(classes) if options.labels else dtype
                 outputs[depth] = torch.empty(shape, dtype=kind, device=device)
@@ -669,7 +681,9 @@ class ViTUp(nn.Module):
             cache = cache.to(dtype)
             rows = max((g.stop - g.start) * (s.stop - s.start) for g in groups for s in spans)
             session = session_shape = workspace = None
-            if options.budgeted or not wants_graph(device, depths, last):
+            if implementation != "triton":
+                workspace = scheduler.workspace(rows, cache, options.scratch_bytes)
+            elif options.scratch_bytes is not None or not wants_graph(device, depths, last):
                 workspace = Workspace(rows, self.config.dim, dtype, device)
             for span in spans:
                 part = queries(span)
@@ -694,22 +708,29 @@ class ViTUp(nn.Module):
                     options.progress(part.coords.shape[1])
         return list(outputs.values())
 
-    def _scheduler(self, dtype: torch.dtype) -> Scheduler:
+    def _scheduler(self, implementation: str, dtype: torch.dtype) -> Scheduler | CpuScheduler:
         """Folded weights and graphs for a compute type, made anew when a parameter has changed."""
         state = parameter_state(self.parameters())
         schedulers = SCHEDULERS.setdefault(self, {})
-        scheduler = schedulers.get(dtype)
+        scheduler = schedulers.get((implementation, dtype))
         if scheduler is None or scheduler.state != state:
-            weights = _cast(self._weights(packed=False), dtype)
-            blocks = [fold_block(block, self.config.head_dim) for block in weights.blocks]
-            constants = Constants(blocks, self.rope.inv_freq, self.rel_pos_enc.freqs)
-            decoders = [fold_decoder(decoder) for decoder in weights.decoders]
+            weights = _map(_cast(self._weights(packed=False), dtype), Tensor.detach)
+            inv_freq, freqs = self.rope.inv_freq, self.rel_pos_enc.freqs
             capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             samples = None if capturing else self._samples()
-            scheduler = Scheduler(constants, decoders, state, samples, self.config.dim, dtype)
+            if implementation == "triton":
+                blocks = [fold_block(block, self.config.head_dim) for block in weights.blocks]
+                decoders = [fold_decoder(decoder) for decoder in weights.decoders]
+                constants = Constants(blocks, inv_freq, freqs)
+                scheduler = Scheduler(constants, decoders, state, samples, self.config.dim, dtype)
+            else:
+                from .cpu import CpuScheduler
+
+                int8 = implementation == "cpu_int8"
+                scheduler = CpuScheduler(weights, inv_freq, freqs, state, samples, int8)
             # What is folded inside a caller's graph exists only when that graph is replayed.
             if not capturing:
-                schedulers[dtype] = scheduler
+                schedulers[implementation, dtype] = scheduler
         return scheduler
 
     def _forget_stale_weights(self) -> None:
@@ -761,16 +782,20 @@ class ViTUp(nn.Module):
         parameters = (p.detach().flatten() for p in self.parameters())
         return torch.cat([p[:: max(1, len(p) // 32)].float().cpu() for p in parameters])
 
-    def _query_bytes(self, return_all_layers: bool, head: Head | None) -> int:
+    def _query_bytes(self, implementation: str, return_all_layers: bool, head: Head | None) -> int:
         """Upper bound of the memory of one query: its walk, and what is decoded of it."""
         D, itemsize = self.config.dim, self.dtype.itemsize
         width = D * (self.config.num_layers if return_all_layers else 1)
         if head is not None:
             width = head_parameters(head, D)[0].shape[0]
-        return query_bytes(D, self.dtype) + width * itemsize
+        # The compiled kernels keep all but the query's state in their scratch.
+        walk = 2 * D * itemsize if implementation.startswith("cpu") else query_bytes(D, self.dtype)
+        return walk + width * itemsize
 
-    def _chunk(self, query_chunk_size: int | None, max_memory: int | None, per_query: int) -> int:
-        """Queries per chunk from the caller's budget, or what suits the device."""
+    def _chunk(
+        self, implementation: str, query_chunk_size: int | None, max_memory: int | None, per_query: int
+    ) -> tuple[int, int | None]:
+        """Queries per chunk from the caller's budget, or what suits the device, and what a budget leaves beside them."""
         if query_chunk_size is not None and max_memory is not None:
             raise expected("query_chunk_size and max_memory", "one of the two", "both")
         if query_chunk_size is not None:
@@ -780,15 +805,21 @@ class ViTUp(nn.Module):
                 or query_chunk_size < 1
             ):
                 raise expected("query_chunk_size", "a positive integer", repr(query_chunk_size))
-            return query_chunk_size
+            return query_chunk_size, None
         chunk = CHUNK_QUERIES.get(self.device.type, CHUNK_QUERIES["cuda"])
         if max_memory is None:
-            return chunk
-        if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < per_query:
-            raise expected(
-                "max_memory", f"at least {per_query} bytes, the need of one query", repr(max_memory)
-            )
-        return min(chunk, max_memory // per_query)
+            return chunk, None
+        scratch = 0
+        if implementation.startswith("cpu"):
+            from .cpu import smallest_scratch
+
+            scratch = smallest_scratch(self.config.dim, len(self.rel_pos_enc.freqs))
+        least = per_query + scratch
+        if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < least:
+            raise expected("max_memory", f"at least {least} bytes, the need of one query", repr(max_memory))
+        for_queries = max_memory - max(scratch, max_memory // 2 if scratch else 0)
+        chunk = min(chunk, max(1, for_queries // per_query))
+        return chunk, max_memory - chunk * per_query
 
     def _check_cache(self, cache: ImageCache) -> None:
         """Check that a cache comes from a network of these sizes and lies on this network's device."""

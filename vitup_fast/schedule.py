@@ -264,7 +264,7 @@ class _Session:
             )
         if not self._holds(source):
             torch._foreach_copy_(self.own_per_image, per_image)
-            self.copied = [(weakref.ref(t), _version(t)) for t in source.tensors]
+            self.copied = [(weakref.ref(t), version(t)) for t in source.tensors]
             self.copied_images = source.images
         torch._foreach_copy_(self.own_per_chunk, per_chunk)
         if self.replay is None:
@@ -293,12 +293,12 @@ class _Session:
         if self.copied_images != source.images or len(self.copied) != len(source.tensors):
             return False
         return all(
-            ref() is t and version == _version(t)
-            for (ref, version), t in zip(self.copied, source.tensors, strict=True)
+            ref() is t and written == version(t)
+            for (ref, written), t in zip(self.copied, source.tensors, strict=True)
         )
 
 
-def _version(t: Tensor) -> int:
+def version(t: Tensor) -> int:
     """Number of writes to a tensor, as far as PyTorch counts them."""
     return 0 if t.is_inference() else t._version
 
@@ -345,6 +345,10 @@ class Scheduler:
                 del self._sessions[own.pop(0)]
             self._sessions[key] = session
         return session
+
+    def fold_decoder(self, decoder: DecoderWeights) -> Folded:
+        """Fold the parameters of a decoder."""
+        return fold_decoder(decoder)
 
     def walk(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import checks
 from .coordinates import position_dtype
-from .dispatch import Kernels, Operator, autocast, lazy_kernels, resolve, run_reference
+from .dispatch import Kernels, Operator, autocast, cpu_kernels, lazy_kernels, resolve, run_reference
 
 
 def bilinear_sample_reference(grid: Tensor, coords: Tensor) -> Tensor:
@@ -92,7 +92,11 @@ _operator = Operator(
     "Tensor grid, Tensor coords",
     differentiable=2,
     output_shape=lambda grid, coords: (*coords.shape[:2], grid.shape[-1]),
-    kernels={"torch": Kernels(_forward, _backward), "triton": lazy_kernels("bilinear_sample")},
+    kernels={
+        "torch": Kernels(_forward, _backward),
+        "triton": lazy_kernels("bilinear_sample"),
+        **cpu_kernels("bilinear_sample", _backward),
+    },
 )
 
 
@@ -107,7 +111,7 @@ def bilinear_sample(
     Args:
         grid: features, any floating dtype.
         coords: (x, y) in [0, 1] over the image, x to the right, float32 or float64. A NaN stays in its row.
-        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        impl: ``"auto"`` or a name of :func:`vitup_fast.ops.implementations`.
 
     Returns:
         Sampled features in the dtype of ``grid``; differentiable for ``grid`` and ``coords``.

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .. import extension
 from ..errors import expected
 
 NAMESPACE = "vitup_fast"
@@ -37,16 +38,21 @@ def implementations() -> list[Implementation]:
     """List every implementation with whether and why it is available, the preferred one first."""
     onednn = "with" if torch.backends.mkldnn.is_available() else "without"
     obstacle = _triton_obstacle()
+    cpu, int8 = _cpu_obstacle(int8=False), _cpu_obstacle(int8=True)
     return [
         Implementation(
             "triton", obstacle is None, obstacle or "fused kernels for NVIDIA GPUs and their tensors"
+        ),
+        Implementation("cpu", cpu is None, cpu or f"compiled kernels for CPU tensors ({_instruction_set()})"),
+        Implementation(
+            "cpu_int8", int8 is None, int8 or "the same with products in 8-bit integers; only when asked for"
         ),
         Implementation("torch", True, f"tuned PyTorch calls, any device ({onednn} oneDNN on the CPU)"),
         Implementation("reference", True, "the definition: plain PyTorch, any dtype up to float64"),
     ]
 
 
-NAMES = ("triton", "torch", "reference")
+NAMES = ("triton", "cpu", "cpu_int8", "torch", "reference")
 OLDEST_TRITON = (3, 6)
 HEAD_DIMS = (32, 64, 128)
 
@@ -116,10 +122,49 @@ def _triton_obstacle_for(x: Tensor, widths: Mapping[str, int], head_dim: int | N
     return None
 
 
+@_constant_to_compiler
+def _instruction_set() -> str:
+    """Instruction set that the compiled CPU kernels use."""
+    return extension.load().cpu.instruction_set()
+
+
+@_constant_to_compiler
+def _cpu_obstacle(int8: bool) -> str | None:
+    """Why the compiled CPU kernels cannot run on this machine, or None."""
+    obstacle = extension.obstacle("cpu")
+    if obstacle is None and int8 and _instruction_set() != "avx512_bf16":
+        return "8-bit products need a CPU with AVX-512 VNNI"
+    return obstacle
+
+
+@_constant_to_compiler
+def _onednn_is_faster(dtype: torch.dtype) -> bool:
+    """Whether the CPU has matrix units that oneDNN uses and the compiled kernels do not, or no wide vectors."""
+    if _instruction_set() == "baseline":
+        return True
+    return dtype != torch.float32 and torch.cpu._is_amx_tile_supported()
+
+
+def _cpu_obstacle_for(x: Tensor, widths: Mapping[str, int], head_dim: int | None, int8: bool) -> str | None:
+    """Why the compiled CPU kernels cannot take these features, or None."""
+    if x.device.type != "cpu":
+        return f"the features are on {x.device}, not on the CPU"
+    obstacle = _cpu_obstacle(int8)
+    if obstacle is not None:
+        return obstacle
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels take bfloat16, float16 and float32, not {str(x.dtype).removeprefix('torch.')}"
+    for name, width in (*widths.items(), ("the head width", head_dim or 16)):
+        if width % 16:
+            return f"{name} = {width} is not a multiple of 16"
+    return None
+
+
 def resolve(impl: str, x: Tensor, widths: Mapping[str, int], head_dim: int | None = None) -> str:
     """Return the name of the implementation that runs for ``impl``.
 
-    ``"auto"`` picks Triton kernels for tensors on a GPU that they can take, else tuned PyTorch calls.
+    ``"auto"`` picks Triton kernels for tensors on a GPU and compiled ones on a CPU where they can take them and are
+    the fastest, else tuned PyTorch calls.
 
     Args:
         impl: ``"auto"`` or the name of an implementation.
@@ -134,15 +179,20 @@ def resolve(impl: str, x: Tensor, widths: Mapping[str, int], head_dim: int | Non
         return impl
     if impl not in ("auto", *NAMES):
         raise expected("impl", f"'auto' or one of {list(NAMES)}", repr(impl))
-    if impl == "auto" and not x.is_cuda:
-        return "torch"
-    obstacle = _triton_obstacle_for(x, widths, head_dim)
-    if obstacle is None:
-        return "triton"
+    name = impl
     if impl == "auto":
-        return "torch"
+        name = "triton" if x.is_cuda else "cpu"
+    if name == "triton":
+        obstacle = _triton_obstacle_for(x, widths, head_dim)
+    else:
+        obstacle = _cpu_obstacle_for(x, widths, head_dim, int8=name == "cpu_int8")
+    if impl == "auto":
+        slower = name == "cpu" and obstacle is None and _onednn_is_faster(x.dtype)
+        return "torch" if obstacle is not None or slower else name
+    if obstacle is None:
+        return name
     raise expected(
-        "impl", "an implementation that can run here", f"'triton': {obstacle}", "'auto' picks one."
+        "impl", "an implementation that can run here", f"{name!r}: {obstacle}", "'auto' picks one."
     )
 
 
@@ -166,6 +216,22 @@ def lazy_kernels(name: str) -> Kernels:
     return Kernels(
         lambda *arguments: module().forward(*arguments), lambda *arguments: module().backward(*arguments)
     )
+
+
+def cpu_kernels(name: str, backward: Callable[..., list[Tensor]]) -> dict[str, Kernels]:
+    """The compiled CPU kernels of an operation, imported when they first run, with its backward pass."""
+
+    def forward(int8: bool) -> Callable[..., Tensor]:
+        def run(*arguments: object) -> Tensor:
+            module = importlib.import_module("vitup_fast.cpu")
+            return getattr(module, f"forward_{name}")(int8, *arguments)
+
+        return run
+
+    def no_backward(*_: object) -> list[Tensor]:
+        raise expected("impl", "an implementation with gradients", "'cpu_int8'", "Use 'cpu' or 'auto'.")
+
+    return {"cpu": Kernels(forward(False), backward), "cpu_int8": Kernels(forward(True), no_backward)}
 
 
 class Operator:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import LAYER_NORM_EPS
 from . import checks
 from .coordinates import nearest_token, position_code, position_dtype
-from .dispatch import Kernels, Operator, autocast, lazy_kernels, resolve, run_reference
+from .dispatch import Kernels, Operator, autocast, cpu_kernels, lazy_kernels, resolve, run_reference
 from .primitives import (
     MLPWeights,
     layer_norm,
@@ -241,7 +241,11 @@ _operator = Operator(
     "Tensor out_norm_weight, Tensor out_norm_bias, Tensor? table, Tensor? freqs, Tensor? row, Tensor? token",
     differentiable=16,
     output_shape=lambda x, *_: x.shape,
-    kernels={"torch": Kernels(_forward, _backward), "triton": lazy_kernels("film_mlp")},
+    kernels={
+        "torch": Kernels(_forward, _backward),
+        "triton": lazy_kernels("film_mlp"),
+        **cpu_kernels("film_mlp", _backward),
+    },
 )
 
 
@@ -267,7 +271,7 @@ def film_mlp(
         weights: MLP and output LayerNorm, in the dtype of ``x``.
         table: for queries on a regular grid, the same for every image; then ``coords`` and ``position`` are not
             read, and gradients for them flow through ``table.gamma_beta``. Not used by ``"reference"``.
-        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        impl: ``"auto"`` or a name of :func:`vitup_fast.ops.implementations`.
 
     Returns:
         New query states in the dtype of ``x``; differentiable for ``x``, ``coords``, ``tokens``, every weight and

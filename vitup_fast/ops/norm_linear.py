@@ -8,7 +8,16 @@ from torch import Tensor
 
 from ..config import LAYER_NORM_EPS
 from . import checks
-from .dispatch import NAMESPACE, Kernels, Operator, autocast, lazy_kernels, resolve, run_reference
+from .dispatch import (
+    NAMESPACE,
+    Kernels,
+    Operator,
+    autocast,
+    cpu_kernels,
+    lazy_kernels,
+    resolve,
+    run_reference,
+)
 from .primitives import layer_norm, layer_norm_backward, linear, linear_backward
 
 
@@ -58,7 +67,11 @@ _operator = Operator(
     "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias",
     differentiable=5,
     output_shape=lambda x, norm_weight, norm_bias, weight, bias: (*x.shape[:-1], weight.shape[0]),
-    kernels={"torch": Kernels(_forward, _backward), "triton": lazy_kernels("norm_linear")},
+    kernels={
+        "torch": Kernels(_forward, _backward),
+        "triton": lazy_kernels("norm_linear"),
+        **cpu_kernels("norm_linear", _backward),
+    },
 )
 
 
@@ -76,7 +89,8 @@ def _argmax(
             from ..kernels.norm_linear import argmax
 
             return argmax(x, norm_weight, norm_bias, weight, bias, dtype)
-        return _forward(x, norm_weight, norm_bias, weight, bias).argmax(-1).to(dtype)
+        scores = _operator.kernels[impl].forward(x, norm_weight, norm_bias, weight, bias)
+        return scores.argmax(-1).to(dtype)
 
 
 torch.library.define(
@@ -110,7 +124,7 @@ def norm_linear(
         norm_bias: LayerNorm's shift.
         weight: matrix of the linear layer.
         bias: bias of the linear layer.
-        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        impl: ``"auto"`` or a name of :func:`vitup_fast.ops.implementations`.
 
     Returns:
         Projected features in the dtype of ``x``; differentiable for every argument.
@@ -142,7 +156,7 @@ def norm_linear_argmax(
         norm_bias: see :func:`norm_linear`.
         weight: matrix of a classifier with E classes.
         bias: bias of the classifier.
-        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        impl: ``"auto"`` or a name of :func:`vitup_fast.ops.implementations`.
 
     Returns:
         Labels: uint8 up to 256 classes, int16 up to 32768, else int32. Not differentiable.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config import LAYER_NORM_EPS
 from . import checks
-from .dispatch import Kernels, Operator, autocast, lazy_kernels, resolve, run_reference
+from .dispatch import Kernels, Operator, autocast, cpu_kernels, lazy_kernels, resolve, run_reference
 from .primitives import MLPWeights, mlp, mlp_backward
 
 
@@ -35,7 +35,11 @@ _operator = Operator(
     "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2",
     differentiable=7,
     output_shape=lambda x, *_: x.shape,
-    kernels={"torch": Kernels(_forward, _backward), "triton": lazy_kernels("residual_mlp")},
+    kernels={
+        "torch": Kernels(_forward, _backward),
+        "triton": lazy_kernels("residual_mlp"),
+        **cpu_kernels("residual_mlp", _backward),
+    },
 )
 
 
@@ -58,7 +62,7 @@ def residual_mlp(
     Args:
         x: query states, any floating dtype.
         weights: parameters of the MLP, widths D -> E -> D, in the dtype of ``x``.
-        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        impl: ``"auto"`` or a name of :func:`vitup_fast.ops.implementations`.
 
     Returns:
         New query states in the dtype of ``x``; differentiable for ``x`` and every weight.

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import LAYER_NORM_EPS
 from . import checks
 from .coordinates import position_dtype, rope_angles, rotate_pairs, token_positions
-from .dispatch import Kernels, Operator, autocast, lazy_kernels, resolve, run_reference
+from .dispatch import Kernels, Operator, autocast, cpu_kernels, lazy_kernels, resolve, run_reference
 from .norm_linear import norm_linear_backward
 from .primitives import layer_norm, linear, linear_backward
 
@@ -182,7 +182,11 @@ _operator = Operator(
     "SymInt token_h, SymInt token_w",
     differentiable=10,
     output_shape=lambda x, *_: x.shape,
-    kernels={"torch": Kernels(_forward, _backward), "triton": lazy_kernels("rope_cross_attention")},
+    kernels={
+        "torch": Kernels(_forward, _backward),
+        "triton": lazy_kernels("rope_cross_attention"),
+        **cpu_kernels("rope_cross_attention", _backward),
+    },
 )
 
 
@@ -207,7 +211,7 @@ def rope_cross_attention(
         weights: LayerNorm, query and output projections, in the dtype of ``x``.
         inv_freq: rotary frequencies of one axis (float32), see :func:`rope_inv_freq`.
         token_grid: rows and columns of the tokens, (h, w).
-        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        impl: ``"auto"`` or a name of :func:`vitup_fast.ops.implementations`.
 
     Returns:
         New query states in the dtype of ``x``; differentiable for ``x``, ``coords``, ``key``, ``value`` and

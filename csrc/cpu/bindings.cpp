@@ -1,0 +1,161 @@
+// Python's view of the CPU kernels: addresses and sizes; who calls keeps the memory alive and has checked it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <mutex>
+#include <stdexcept>
+
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace vitup_fast::cpu {
+namespace {
+
+std::mutex choice_mutex;
+std::string chosen;
+const Kernels* chosen_kernels = nullptr;
+
+const Kernels& kernels() {
+  std::lock_guard lock(choice_mutex);
+  if (!chosen_kernels) {
+    chosen = instruction_sets().front();
+    chosen_kernels = &kernels_for(chosen);
+  }
+  return *chosen_kernels;
+}
+
+template <class T>
+T* pointer(uint64_t address) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+Dtype dtype_named(const std::string& name) {
+  if (name == "float32") return Dtype::float32;
+  if (name == "bfloat16") return Dtype::bfloat16;
+  if (name == "float16") return Dtype::float16;
+  throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got " + name);
+}
+
+// What all calls on tensors of one dtype share.
+struct Context {
+  Dtype dtype;
+  Precision precision;
+  int64_t threads, tile_rows;
+  char* scratch;
+  int64_t scratch_bytes;
+
+  Common common() const { return {dtype, precision, {threads, run_parallel}, tile_rows, scratch, scratch_bytes}; }
+};
+
+}  // namespace
+}  // namespace vitup_fast::cpu
+
+void bind_cpu(py::module_ m) {
+  using namespace vitup_fast::cpu;
+  using Address = uint64_t;
+  const auto release = py::call_guard<py::gil_scoped_release>();
+
+  m.def("instruction_sets", &instruction_sets);
+  m.def("instruction_set", [] {
+    kernels();
+    return chosen;
+  });
+  m.def("use_instruction_set", [](const std::string& name) {
+    const Kernels& found = kernels_for(name);
+    std::lock_guard lock(choice_mutex);
+    chosen = name;
+    chosen_kernels = &found;
+  });
+
+  py::class_<Context>(m, "Context")
+      .def(py::init([](const std::string& dtype, bool int8, int64_t threads, int64_t tile_rows, Address scratch,
+                       int64_t scratch_bytes) {
+        return Context{dtype_named(dtype), int8 ? Precision::int8 : Precision::native, threads, tile_rows, pointer<char>(scratch),
+                       scratch_bytes};
+      }));
+  py::class_<Norm>(m, "Norm").def(py::init([](Address weight, Address bias, float eps) {
+    return Norm{pointer<const float>(weight), pointer<const float>(bias), eps};
+  }));
+  py::class_<Matrix>(m, "Matrix").def(py::init([](Address words, Address bias, int64_t n, int64_t k) {
+    return Matrix{pointer<const int32_t>(words), pointer<const float>(bias), n, k};
+  }));
+  py::class_<Mlp>(m, "Mlp").def(py::init([](Norm norm, Matrix first, Matrix second) {
+    return Mlp{norm, first, second};
+  }));
+
+  m.def("packed_words", [](const std::string& dtype, bool int8, int64_t n, int64_t k) {
+    return kernels().packed_words(dtype_named(dtype), int8 ? Precision::int8 : Precision::native, n, k);
+  });
+  m.def(
+      "pack",
+      [](const Context& c, Address from, int64_t count, int64_t n, int64_t k, int64_t stride, int64_t n_stride,
+         int64_t k_stride, Address to) {
+        kernels().pack({c.dtype, c.precision, c.common().parallel, pointer<const void>(from), count, n, k, stride,
+                        n_stride, k_stride, pointer<int32_t>(to)});
+      },
+      release);
+  m.def("scratch_bytes", [](int64_t width, int64_t tile_rows) { return kernels().scratch_bytes(width, tile_rows); });
+  m.def("tile_rows", [](int64_t width) { return kernels().tile_rows(width); });
+  m.def(
+      "bilinear_sample",
+      [](const Context& c, Address grid, Address coords, bool float64, Address out, int64_t B, int64_t N, int64_t P,
+         int64_t Q, int64_t D) {
+        kernels().bilinear_sample(c.common(), {pointer<const void>(grid), {pointer<const void>(coords), float64},
+                                               pointer<void>(out), B, N, P, Q, D});
+      },
+      release);
+  m.def(
+      "norm_linear",
+      [](const Context& c, Address x, const Norm& norm, const Matrix& matrix, Address out, int64_t B, int64_t N,
+         int64_t D, int64_t out_stride) {
+        kernels().norm_linear(c.common(),
+                              {pointer<const void>(x), norm, matrix, pointer<void>(out), B, N, D, out_stride});
+      },
+      release);
+  m.def(
+      "residual_mlp",
+      [](const Context& c, Address x, const Mlp& mlp, Address out, int64_t M, int64_t D) {
+        kernels().residual_mlp(c.common(), {pointer<const void>(x), mlp, pointer<void>(out), M, D});
+      },
+      release);
+  m.def(
+      "rope_cross_attention",
+      [](const Context& c, Address x, Address coords, bool float64, Address key, Address value, const Norm& norm,
+         const Matrix& query, const Matrix& out_projection, Address inv_freq, Address out, int64_t B, int64_t N,
+         int64_t D, int64_t heads, int64_t token_h, int64_t token_w) {
+        kernels().rope_cross_attention(
+            c.common(), {pointer<const void>(x), {pointer<const void>(coords), float64}, pointer<const int32_t>(key),
+                         pointer<const int32_t>(value), norm, query, out_projection, pointer<const float>(inv_freq),
+                         pointer<void>(out), B, N, D, heads, token_h, token_w});
+      },
+      release);
+  m.def(
+      "film_mlp_at",
+      [](const Context& c, Address x, Address tokens, Address coords, bool float64, const Matrix& position,
+         const Matrix& gamma, const Matrix& beta, Address freqs, int64_t bands, const Mlp& mlp, const Norm& out_norm,
+         Address out, int64_t B, int64_t N, int64_t D, int64_t token_h, int64_t token_w) {
+        FilmMlp a{};
+        a.x = pointer<const void>(x), a.tokens = pointer<const void>(tokens), a.out = pointer<void>(out);
+        a.coords = {pointer<const void>(coords), float64};
+        a.position = position, a.gamma = gamma, a.beta = beta;
+        a.freqs = pointer<const float>(freqs), a.bands = bands;
+        a.mlp = mlp, a.out_norm = out_norm;
+        a.B = B, a.N = N, a.D = D, a.token_h = token_h, a.token_w = token_w;
+        kernels().film_mlp(c.common(), a);
+      },
+      release);
+  m.def(
+      "film_mlp_from_table",
+      [](const Context& c, Address x, Address tokens, Address table, Address row, Address token, const Mlp& mlp,
+         const Norm& out_norm, Address out, int64_t B, int64_t N, int64_t D, int64_t token_h, int64_t token_w) {
+        FilmMlp a{};
+        a.x = pointer<const void>(x), a.tokens = pointer<const void>(tokens), a.out = pointer<void>(out);
+        a.table = pointer<const float>(table), a.row = pointer<const int64_t>(row), a.token = pointer<const int64_t>(token);
+        a.mlp = mlp, a.out_norm = out_norm;
+        a.B = B, a.N = N, a.D = D, a.token_h = token_h, a.token_w = token_w;
+        kernels().film_mlp(c.common(), a);
+      },
+      release);
+}

@@ -1,0 +1,38 @@
+// Where queries lie: positions are computed in the coordinates' own precision, float32 or float64.
+
+struct Position {
+  double x, y;
+};
+
+template <class C>
+struct Nearest {
+  int64_t token;
+  float x, y;  // relative to the token's centre, in token units
+};
+
+template <class C>
+inline C clamped(C x, C low, C high) {  // NaN stays NaN
+  return x < low ? low : x > high ? high : x;
+}
+
+inline float nearest_even(float x) { return __builtin_rintf(x); }
+inline double nearest_even(double x) { return __builtin_rint(x); }
+
+template <class C>
+inline int64_t nearest_index(C coordinate, int64_t count) {
+  const C index = clamped<C>(nearest_even(coordinate * (C)count - (C)0.5), 0, (C)(count - 1));
+  return index == index ? (int64_t)index : 0;
+}
+
+// By definition the centres (index + 0.5) / count are float32 numbers.
+template <class C>
+inline float relative_position(C coordinate, int64_t index, int64_t count) {
+  const float centre = ((float)index + 0.5f) / (float)count;
+  return (float)((coordinate - (C)centre) * (C)count);
+}
+
+template <class C>
+inline Nearest<C> nearest_token(const C* xy, int64_t h, int64_t w) {
+  const int64_t col = nearest_index(xy[0], w), row = nearest_index(xy[1], h);
+  return {row * w + col, relative_position(xy[0], col, w), relative_position(xy[1], row, h)};
+}

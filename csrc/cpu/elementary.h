@@ -1,0 +1,72 @@
+// Elementary functions on vectors. Polynomials were fitted for the smallest largest error on the range named beside.
+
+template <int TERMS>
+inline Floats polynomial(Floats x, const float (&c)[TERMS]) {  // c[0] + c[1] x + ...
+  Floats y = splat(c[TERMS - 1]);
+  for (int i = TERMS - 2; i >= 0; --i) y = y * x + c[i];
+  return y;
+}
+
+// p 2^n for integers n; p near 1.
+inline Floats scaled_by_power(Floats p, Floats n) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return p * (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
+#endif
+}
+
+// 2^x to float32's rounding, or PRECISE = false: to 3e-6. Below 2^-126 comes 2^-126 or less.
+template <bool PRECISE>
+inline Floats exp2(Floats x) {
+#if !defined(__AVX512F__)
+  x = at_least(at_most(x, splat(127.0f)), splat(-126.0f));
+#endif
+  const Floats n = nearest_integer(x);
+  const Floats f = x - n;  // [-0.5, 0.5]
+  if constexpr (PRECISE) {
+    constexpr float c[] = {1.0f,          0.69314720f, 0.24022647f,   0.055503288f,
+                           0.0096184890f, 0.0013399938f, 0.00015345828f};
+    return scaled_by_power(polynomial(f, c), n);
+  } else {
+    constexpr float c[] = {0.99999926f, 0.69312181f, 0.24024745f, 0.055917936f, 0.0095701166f};
+    return scaled_by_power(polynomial(f, c), n);
+  }
+}
+
+// Exact GELU: max(x, 0) - |x| Q(|x|), where Q is the normal distribution's upper tail and log2 Q nearly a parabola.
+// Absolute error of |x| Q(|x|): 8e-9, or PRECISE = false: 5e-7.
+template <bool PRECISE>
+inline Floats gelu(Floats x) {
+  const Floats t = absolute(x);
+  Floats log2_tail;
+  if constexpr (PRECISE) {
+    constexpr float c[] = {-0.99999990f,   -1.1511097f,    -0.45917223f,   -0.052603032f,   0.0072163696f,
+                           -0.00025342400f, -0.00013808759f, 2.9272787e-5f, -1.9919559e-6f};
+    log2_tail = polynomial(t, c);
+  } else {
+    constexpr float c[] = {-1.0000266f, -1.1508465f, -0.45988754f, -0.051909442f, 0.0071132860f, -0.00047697141f};
+    log2_tail = polynomial(t, c);
+  }
+  // Far out the polynomial would leave the range of exponents.
+  log2_tail = at_least(log2_tail, splat(-126.0f));
+  return at_least(x, Floats{}) - t * exp2<PRECISE>(log2_tail);
+}
+
+struct SineCosine {
+  Floats sine, cosine;
+};
+
+// Sine and cosine of angles in turns, to float32's rounding; reduced exactly, so that long angles lose nothing.
+inline SineCosine sine_cosine_of_turns(Floats turns) {
+  const Floats quarters = nearest_integer(turns * 4.0f);
+  const Floats r = turns - quarters * 0.25f;  // [-1/8, 1/8]
+  const Floats r2 = r * r;
+  constexpr float s[] = {6.2831853f, -41.341702f, 81.605181f, -76.695821f, 41.414654f};
+  constexpr float c[] = {1.0f, -19.739209f, 64.939316f, -85.442851f, 59.220360f};
+  const Floats sine = r * polynomial(r2, s), cosine = polynomial(r2, c);
+  const Ints quadrant = __builtin_convertvector(quarters - 4.0f * nearest_integer(quarters * 0.25f), Ints);
+  const Ints odd = (quadrant & 1) != 0;
+  const Ints sine_sign = (quadrant & 2) << 30, cosine_sign = ((quadrant + 1) & 2) << 30;
+  return {(Floats)((Ints)select(odd, cosine, sine) ^ sine_sign), (Floats)((Ints)select(odd, sine, cosine) ^ cosine_sign)};
+}

@@ -1,0 +1,152 @@
+// All CPU kernels for one instruction set, VITUP_ISA: compiled once for each, with its flags, and picked at run time.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own header leaves unused lanes undefined
+#include <immintrin.h>
+#endif
+
+namespace vitup_fast::cpu {
+namespace {
+
+#include "vector.h"
+// Needs vectors.
+#include "elementary.h"
+#include "matmul.h"
+// Needs products.
+#include "tile.h"
+// Needs tiles.
+#include "packing.h"
+
+template <class Body>
+inline void for_each(const Parallel& parallel, int64_t tasks, const Body& body) {
+  parallel.run(
+      parallel.threads, tasks,
+      [](void* context, int64_t task, int64_t thread) { (*(const Body*)context)(task, thread); }, (void*)&body);
+}
+
+#include "coordinates.h"
+// Needs coordinates.
+#include "bilinear_sample.h"
+#include "film_mlp.h"
+#include "norm_linear.h"
+#include "residual_mlp.h"
+#include "rope_cross_attention.h"
+
+// How operands are held natively for tensors of a dtype.
+template <class T>
+struct NativeOperand {
+  using type = Float32;
+};
+template <>
+struct NativeOperand<bfloat16> {
+  using type = BFloat16;
+};
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+template <class Body>
+inline void for_dtype(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::float32: return body(Tag<float>{});
+    case Dtype::bfloat16: return body(Tag<bfloat16>{});
+    case Dtype::float16: return body(Tag<float16>{});
+  }
+}
+
+template <class Body>
+inline void for_operand(Dtype dtype, [[maybe_unused]] Precision precision, const Body& body) {
+  for_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+#if defined(__AVX512VNNI__)
+    if (precision == Precision::int8) return body(tag, Tag<Int8>{});
+#endif
+    body(tag, Tag<typename NativeOperand<T>::type>{});
+  });
+}
+
+template <class Body>
+inline void for_coordinates(const Coordinates& coords, const Body& body) {
+  coords.float64 ? body(Tag<double>{}) : body(Tag<float>{});
+}
+
+int64_t packed_words_of(Dtype dtype, Precision precision, int64_t n, int64_t k) {
+  int64_t count = 0;
+  for_operand(dtype, precision, [&](auto, auto operand) {
+    count = packed_matrix_words<typename decltype(operand)::type>(n, k);
+  });
+  return count;
+}
+
+void pack_matrices(const Pack& a) {
+  for_operand(a.dtype, a.precision, [&](auto tag, auto operand) {
+    using T = typename decltype(tag)::type;
+    using Operand = typename decltype(operand)::type;
+    const int64_t size = packed_matrix_words<Operand>(a.n, a.k), panels = (a.n + PANEL - 1) / PANEL;
+    for_each(a.parallel, a.count * panels, [&](int64_t task, int64_t) {
+      const int64_t matrix = task / panels;
+      pack_panel<Operand>((const T*)a.from + matrix * a.stride, a, task % panels, a.to + matrix * size);
+    });
+  });
+}
+
+// The most that any kernel takes for rows of `width` floats, however many tokens and hidden channels there are.
+int64_t scratch_bytes_of(int64_t width, int64_t rows) {
+  const int64_t wide = 4 * (width + 32) * 4;  // state, operands, and two more of their size, rounded up
+  const int64_t chunk = 4 * HIDDEN_CHUNK * 2 + 4 * PANEL * 2 + 64;
+  return round_up(rows * (wide + chunk) + QUERY_BLOCK * KEY_BLOCK * 8 + 16 * (width + 256), 4096);
+}
+
+void bilinear_sample_of(const Common& common, const BilinearSample& a) {
+  for_dtype(common.dtype, [&](auto tag) {
+    for_coordinates(a.coords, [&](auto coordinate) {
+      bilinear_sample<typename decltype(tag)::type, typename decltype(coordinate)::type>(common, a);
+    });
+  });
+}
+
+void norm_linear_of(const Common& common, const NormLinear& a) {
+  for_operand(common.dtype, common.precision, [&](auto tag, auto operand) {
+    norm_linear<typename decltype(tag)::type, typename decltype(operand)::type>(common, a);
+  });
+}
+
+void residual_mlp_of(const Common& common, const ResidualMlp& a) {
+  for_operand(common.dtype, common.precision, [&](auto tag, auto operand) {
+    residual_mlp<typename decltype(tag)::type, typename decltype(operand)::type>(common, a);
+  });
+}
+
+void rope_cross_attention_of(const Common& common, const RopeCrossAttention& a) {
+  for_operand(common.dtype, common.precision, [&](auto tag, auto operand) {
+    for_coordinates(a.coords, [&](auto coordinate) {
+      using T = typename decltype(tag)::type;
+      rope_cross_attention<T, typename decltype(coordinate)::type, typename decltype(operand)::type,
+                           typename NativeOperand<T>::type>(common, a);
+    });
+  });
+}
+
+void film_mlp_of(const Common& common, const FilmMlp& a) {
+  for_operand(common.dtype, common.precision, [&](auto tag, auto operand) {
+    for_coordinates(a.coords, [&](auto coordinate) {
+      using T = typename decltype(tag)::type;
+      film_mlp<T, typename decltype(coordinate)::type, typename decltype(operand)::type,
+               typename NativeOperand<T>::type>(common, a);
+    });
+  });
+}
+
+}  // namespace
+
+#define VITUP_JOIN(a, b) a##b
+#define VITUP_TABLE(isa) VITUP_JOIN(kernels_, isa)
+extern const Kernels VITUP_TABLE(VITUP_ISA);
+const Kernels VITUP_TABLE(VITUP_ISA) = {packed_words_of,   pack_matrices,   scratch_bytes_of, tile_rows,
+                                        bilinear_sample_of, norm_linear_of, residual_mlp_of,
+                                        rope_cross_attention_of, film_mlp_of};
+
+}  // namespace vitup_fast::cpu

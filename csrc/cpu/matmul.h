@@ -1,0 +1,124 @@
+// Products with packed weights: C [rows, N] = A [rows, K] B^T, B [N, K].
+//
+// Operands are kept as 32-bit words of one float32, two bfloat16 or four 8-bit integers that neighbour along K, which
+// is what one lane of a multiply-add takes. B is packed in panels of PANEL columns, the word of every column of a panel
+// side by side; the last panel is as narrow as whole vectors allow.
+
+struct Float32 {
+  using Accumulator = Floats;
+  using Number = float;
+  static constexpr int PER_WORD = 1;
+  // Partial sums over so many words keep the rounding error below that of one long sum.
+  static constexpr int64_t BLOCK_WORDS = 192;
+  static Floats multiply_add(Floats sum, Ints a, Ints b) { return sum + (Floats)a * (Floats)b; }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16 {
+  using Accumulator = Floats;
+  using Number = float;
+  static constexpr int PER_WORD = 2;
+  static constexpr int64_t BLOCK_WORDS = 1 << 20;
+  static Floats multiply_add(Floats sum, Ints a, Ints b) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#else
+using BFloat16 = Float32;
+#endif
+
+#if defined(__AVX512VNNI__)
+struct Int8 {  // A unsigned, B signed
+  using Accumulator = Ints;
+  using Number = int32_t;
+  static constexpr int PER_WORD = 4;
+  static constexpr int64_t BLOCK_WORDS = 1 << 20;
+  static Ints multiply_add(Ints sum, Ints a, Ints b) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+  }
+};
+#endif
+
+#if defined(__AVX512F__)
+constexpr int ROW_BLOCK = 6, PANEL_VECTORS = 4;
+#elif defined(__AVX2__)
+constexpr int ROW_BLOCK = 6, PANEL_VECTORS = 2;
+#else
+constexpr int ROW_BLOCK = 4, PANEL_VECTORS = 2;
+#endif
+constexpr int64_t PANEL = PANEL_VECTORS * LANES;
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class Operand>
+inline int64_t word_count(int64_t k) {
+  return (k + Operand::PER_WORD - 1) / Operand::PER_WORD;
+}
+
+// Words of a packed matrix of n columns.
+template <class Operand>
+inline int64_t packed_words(int64_t n, int64_t k) {
+  return round_up(n, LANES) * word_count<Operand>(k);
+}
+
+// ROWS x VECTORS accumulators stay in registers over the whole sum.
+template <class Operand, int ROWS, int VECTORS>
+inline void multiply_block(const int32_t* a, int64_t a_stride, const int32_t* b, int64_t count,
+                           typename Operand::Number* c, int64_t c_stride, bool accumulate) {
+  using Accumulator = typename Operand::Accumulator;
+  Accumulator sums[ROWS][VECTORS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) sums[r][v] = Accumulator{};
+  for (int64_t k = 0; k < count; ++k, b += VECTORS * LANES) {
+    Ints column[VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) column[v] = load_as<Ints>(b + v * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const Ints row = Ints{} + a[r * a_stride + k];
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) sums[r][v] = Operand::multiply_add(sums[r][v], row, column[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) {
+      auto* to = c + r * c_stride + v * LANES;
+      if (accumulate) sums[r][v] += load_as<Accumulator>(to);
+      store_as(to, sums[r][v]);
+    }
+}
+
+template <class Operand, int VECTORS, int ROWS = ROW_BLOCK>
+inline void multiply_rows(const int32_t* a, int64_t a_stride, int64_t rows, const int32_t* b, int64_t count,
+                          typename Operand::Number* c, int64_t c_stride, bool accumulate) {
+  for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_stride, c += ROWS * c_stride)
+    multiply_block<Operand, ROWS, VECTORS>(a, a_stride, b, count, c, c_stride, accumulate);
+  if constexpr (ROWS > 1)
+    if (rows > 0) multiply_rows<Operand, VECTORS, ROWS - 1>(a, a_stride, rows, b, count, c, c_stride, accumulate);
+}
+
+// One panel: C [rows, width] (+)= A [rows, count words] B^T.
+template <class Operand>
+inline void multiply_panel(const int32_t* a, int64_t a_stride, int64_t rows, const int32_t* b, int64_t count,
+                           int64_t width, typename Operand::Number* c, int64_t c_stride, bool accumulate) {
+  const int64_t vectors = (width + LANES - 1) / LANES;
+  for (int64_t done = 0; done < count; done += Operand::BLOCK_WORDS) {
+    const int64_t step = smaller(Operand::BLOCK_WORDS, count - done);
+    const int32_t* panel = b + done * vectors * LANES;
+    const bool adds = accumulate || done > 0;
+    switch (vectors) {
+      case 1: multiply_rows<Operand, 1>(a + done, a_stride, rows, panel, step, c, c_stride, adds); break;
+#if defined(__AVX512F__)
+      case 2: multiply_rows<Operand, 2>(a + done, a_stride, rows, panel, step, c, c_stride, adds); break;
+      case 3: multiply_rows<Operand, 3>(a + done, a_stride, rows, panel, step, c, c_stride, adds); break;
+#endif
+      default: multiply_rows<Operand, PANEL_VECTORS>(a + done, a_stride, rows, panel, step, c, c_stride, adds);
+    }
+  }
+}

@@ -1,0 +1,77 @@
+// Matrices in the layout of matmul.h. An 8-bit matrix is followed by the scale of every column, the sum of its numbers,
+// and that sum for every HIDDEN_CHUNK of its inputs.
+
+template <class Operand>
+inline int64_t packed_matrix_words(int64_t n, int64_t k) {
+  const int64_t extra = Operand::PER_WORD == 4 ? 2 + (k + HIDDEN_CHUNK - 1) / HIDDEN_CHUNK : 0;
+  return round_up(n, LANES) * (word_count<Operand>(k) + extra);
+}
+
+inline uint16_t bfloat16_bits(bfloat16 x) { return x.bits; }
+template <class T>
+inline uint16_t bfloat16_bits(T x) {
+  return rounded_to_bfloat16(splat(widened(x)))[0];
+}
+
+// The inputs that share word `i` of a column; zero beyond k. `inverse` is 1 / scale of an 8-bit column.
+template <class Operand, class T>
+inline int32_t packed_word(const T* column, int64_t stride, int64_t k, int64_t i, [[maybe_unused]] float inverse) {
+  uint32_t word = 0;
+  if constexpr (Operand::PER_WORD == 1) {
+    const float value = widened(column[i * stride]);
+    __builtin_memcpy(&word, &value, sizeof word);
+  } else if constexpr (Operand::PER_WORD == 2) {
+    word = bfloat16_bits(column[2 * i * stride]);
+    if (2 * i + 1 < k) word |= (uint32_t)bfloat16_bits(column[(2 * i + 1) * stride]) << 16;
+  } else {
+    for (int64_t part = 0; part < smaller(4, k - 4 * i); ++part) {
+      const int32_t q = (int32_t)__builtin_rintf(widened(column[(4 * i + part) * stride]) * inverse);
+      word |= (uint32_t)(q & 0xff) << (8 * part);
+    }
+  }
+  return (int32_t)word;
+}
+
+template <class T>
+inline float largest_size(const T* column, int64_t stride, int64_t k) {
+  float largest = 0.0f;
+  for (int64_t i = 0; i < k; ++i) {
+    const float size = __builtin_fabsf(widened(column[i * stride]));
+    largest = size > largest ? size : largest;
+  }
+  return largest;
+}
+
+// Panel `index` of a matrix; `from` is that matrix, `to` its packed form.
+template <class Operand, class T>
+inline void pack_panel(const T* from, const Pack& a, int64_t index, int32_t* to) {
+  constexpr int64_t BLOCK = 16;  // words of a column read at once, a cache line of them
+  const int64_t all_words = word_count<Operand>(a.k), columns = round_up(a.n, LANES), begin = index * PANEL;
+  const int64_t width = smaller(PANEL, a.n - begin), padded = round_up(width, LANES);
+  int32_t* panel = to + begin * all_words;
+  float inverse[PANEL] = {};
+  if constexpr (Operand::PER_WORD == 4) {
+    float* scale = (float*)(to + columns * all_words) + begin;
+    for (int64_t j = 0; j < padded; ++j) {
+      const float largest = j < width ? largest_size(from + (begin + j) * a.n_stride, a.k_stride, a.k) : 0.0f;
+      scale[j] = largest > 0.0f ? largest / 127.0f : 1.0f;
+      inverse[j] = 1.0f / scale[j];
+    }
+  }
+  for (int64_t first = 0; first < all_words; first += BLOCK)
+    for (int64_t j = 0; j < padded; ++j)
+      for (int64_t i = first; i < smaller(first + BLOCK, all_words); ++i)
+        panel[i * padded + j] = j < width ? packed_word<Operand>(from + (begin + j) * a.n_stride, a.k_stride, a.k, i, inverse[j]) : 0;
+  if constexpr (Operand::PER_WORD == 4) {
+    float* total = (float*)(to + columns * (all_words + 1)) + begin;
+    for (int64_t part = 0; part <= (a.k + HIDDEN_CHUNK - 1) / HIDDEN_CHUNK; ++part)
+      for (int64_t j = 0; j < padded; ++j) total[part * columns + j] = 0.0f;
+    for (int64_t i = 0; i < all_words; ++i)
+      for (int64_t j = 0; j < padded; ++j) {
+        const int8_t* q = (const int8_t*)(panel + i * padded + j);
+        const float added = (float)(q[0] + q[1] + q[2] + q[3]);
+        total[j] += added;
+        total[(1 + 4 * i / HIDDEN_CHUNK) * columns + j] += added;
+      }
+  }
+}

@@ -1,0 +1,139 @@
+#include "parallel.h"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <list>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace vitup_fast::cpu {
+namespace {
+
+// How long a worker looks for new work before it sleeps: about the time between two kernels of a network.
+constexpr std::chrono::microseconds PATIENCE{50};
+
+void pause_briefly() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+struct Job {
+  void (*body)(void*, int64_t, int64_t);
+  void* context;
+  int64_t tasks, threads;
+  std::atomic<int64_t> next{0};
+  int64_t joined = 1;  // threads that ever worked on it, the caller included
+  std::atomic<int64_t> working{0};
+
+  void work(int64_t thread) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(context, task, thread);
+  }
+};
+
+class Pool {
+ public:
+  void run(Job& job) {
+    {
+      std::lock_guard lock(mutex_);
+      jobs_.push_back(&job);
+      while (workers_ < job.threads - 1 && start_worker()) ++workers_;
+      published_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    job.work(0);
+    {
+      std::lock_guard lock(mutex_);
+      jobs_.remove(&job);  // from here on nobody joins
+    }
+    for (int spins = 0; job.working.load(std::memory_order_acquire) > 0; ++spins)
+      spins < 10000 ? pause_briefly() : std::this_thread::yield();
+  }
+
+ private:
+  bool start_worker() {
+    try {
+      std::thread(&Pool::work_forever, this).detach();
+      return true;
+    } catch (const std::system_error&) {
+      return false;  // the threads that there are do the work
+    }
+  }
+
+  [[noreturn]] void work_forever() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      Job* job = nullptr;
+      for (Job* candidate : jobs_)
+        if (candidate->joined < candidate->threads) {
+          job = candidate;
+          break;
+        }
+      if (job) {
+        const int64_t thread = job->joined++;
+        job->working.fetch_add(1, std::memory_order_relaxed);
+        lock.unlock();
+        job->work(thread);
+        job->working.fetch_sub(1, std::memory_order_release);
+        lock.lock();
+        continue;
+      }
+      const int64_t seen = published_.load(std::memory_order_acquire);
+      lock.unlock();
+      const auto deadline = std::chrono::steady_clock::now() + PATIENCE;
+      while (published_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < deadline)
+        pause_briefly();
+      lock.lock();
+      wake_.wait(lock, [&] { return published_.load(std::memory_order_acquire) != seen; });
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::list<Job*> jobs_;
+  int64_t workers_ = 0;
+  std::atomic<int64_t> published_{0};
+};
+
+// Never destroyed: workers may outlive static objects. A forked child has none of its parent's threads, nor knows in
+// which state they left the pool, and starts with a new one.
+std::atomic<Pool*> pool{nullptr};
+
+Pool& current_pool() {
+  static const bool prepared = [] {
+    pool = new Pool;
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+#endif
+    return true;
+  }();
+  (void)prepared;
+  return *pool;
+}
+
+}  // namespace
+
+void run_parallel(int64_t threads, int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
+  if (threads > tasks) threads = tasks;
+  if (threads <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) body(context, task, 0);
+    return;
+  }
+  Job job;
+  job.body = body;
+  job.context = context;
+  job.tasks = tasks;
+  job.threads = threads;
+  current_pool().run(job);
+}
+
+}  // namespace vitup_fast::cpu

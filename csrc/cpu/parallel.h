@@ -1,0 +1,13 @@
+// Threads of the CPU kernels.
+#pragma once
+
+#include <cstdint>
+
+namespace vitup_fast::cpu {
+
+// Runs body(context, task, thread) for tasks 0 ... tasks - 1, the caller being thread 0, and returns when all are done.
+// May be called by several threads at once, with different numbers of threads, and after a fork.
+void run_parallel(int64_t threads, int64_t tasks, void (*body)(void* context, int64_t task, int64_t thread),
+                  void* context);
+
+}  // namespace vitup_fast::cpu

@@ -1,0 +1,134 @@
+// x + Wo softmax(Q K^T / sqrt(d)) V + bo with Q = rope(Wq LN(x) + bq): scores of a few queries at a time stay in the L1
+// cache, keys and values of a head in the L2 cache.
+
+constexpr int64_t QUERY_BLOCK = 2 * ROW_BLOCK;  // queries whose scores are held at once
+constexpr float LOG2_E = 1.44269504f;
+
+// Cosines and sines of a query's d / 2 angles, each twice, as the pairs of channels want them; sines with the sign of
+// the first of a pair.
+template <class C>
+inline void rotation(const C* xy, int64_t h, int64_t w, const float* inv_freq, int64_t d, float* cosines, float* sines) {
+  const int64_t bands = d / 4;
+  for (int64_t axis = 0; axis < 2; ++axis) {
+    const float position = (float)(xy[axis] * (C)(axis == 0 ? w : h));
+    for (int64_t i = 0; i < bands; i += LANES) {
+      const SineCosine wave = sine_cosine_of_turns(position * load_part(inv_freq + i, bands - i));
+      for (int64_t j = 0; j < smaller(LANES, bands - i); ++j) {
+        const int64_t channel = 2 * (axis * bands + i + j);
+        cosines[channel] = cosines[channel + 1] = wave.cosine[j];
+        sines[channel] = -wave.sine[j];
+        sines[channel + 1] = wave.sine[j];
+      }
+    }
+  }
+}
+
+inline Floats swapped_pairs(Floats x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_permute_ps((__m512)x, 0xb1);
+#elif defined(__AVX__)
+  return (Floats)_mm256_permute_ps((__m256)x, 0xb1);
+#else
+  return Floats{x[1], x[0], x[3], x[2]};
+#endif
+}
+
+// out [rows, d] of one head (stride D): attention of `rows` queries to all tokens, a block of tokens at a time.
+template <class Operand, bool PRECISE>
+inline void attend(const Rows<Operand>& query, int64_t rows, const int32_t* key, const int32_t* value, int64_t tokens,
+                   int64_t d, Scratch scratch, float* out, int64_t out_stride) {
+  const int64_t block = smaller(KEY_BLOCK, round_up(tokens, PANEL)), key_words = word_count<Operand>(d);
+  float* scores = scratch.take<float>(QUERY_BLOCK * block);
+  const Rows<Operand> probabilities = Rows<Operand>::take(scratch, QUERY_BLOCK, block);
+  for (int64_t first = 0; first < rows; first += QUERY_BLOCK) {
+    const int64_t count = smaller(QUERY_BLOCK, rows - first);
+    float highest[QUERY_BLOCK], total[QUERY_BLOCK];
+    float* result = out + first * out_stride;
+    for (int64_t begin = 0; begin < tokens; begin += block) {
+      const int64_t n = smaller(block, tokens - begin), padded = round_up(n, LANES);
+      for (int64_t j = 0; j < n; j += PANEL)
+        multiply_panel<Operand>(query.words + first * query.stride, query.stride, count,
+                                key + (begin + j) * key_words, key_words, smaller(PANEL, tokens - begin - j),
+                                scores + j, block, false);
+      for (int64_t r = 0; r < count; ++r) {
+        float* row = scores + r * block;
+        for (int64_t i = n; i < padded; ++i) row[i] = -__builtin_inff();
+        Floats most[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
+        for (int64_t i = 0; i < padded; i += LANES) most[i / LANES % 2] = at_least(load(row + i), most[i / LANES % 2]);
+        const float before = begin > 0 ? highest[r] : -__builtin_inff();
+        float now = largest(at_least(most[0], most[1]));
+        now = before > now ? before : now;
+        Floats sums[2] = {};
+        for (int64_t i = 0; i < padded; i += LANES) {
+          const Floats p = exp2<PRECISE>(load(row + i) - now);
+          sums[i / LANES % 2] += p;
+          store(row + i, p);
+        }
+        encode(probabilities, r, 0, row, padded);
+        const float added = sum(sums[0] + sums[1]);
+        if (begin > 0) {
+          const Floats kept = exp2<PRECISE>(splat(before - now));
+          total[r] = total[r] * kept[0] + added;
+          for (int64_t i = 0; i < d; i += LANES) store(result + r * out_stride + i, load(result + r * out_stride + i) * kept);
+        } else {
+          total[r] = added;
+        }
+        highest[r] = now;
+      }
+      multiply(probabilities, count, value, d, tokens, 0, d, begin, n, result, out_stride, begin > 0);
+    }
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t i = 0; i < d; i += LANES)
+        store(result + r * out_stride + i, load(result + r * out_stride + i) * (1.0f / total[r]));
+  }
+}
+
+template <class T, class C, class Operand, class Native>
+inline void rope_cross_attention(const Common& common, const RopeCrossAttention& a) {
+  constexpr bool PRECISE = sizeof(T) == 4;
+  const int64_t D = a.D, d = D / a.heads, tokens = a.token_h * a.token_w;
+  const int64_t step = balanced_rows(common, a.N, a.B), tiles = (a.N + step - 1) / step;
+  const int64_t key_words = packed_words<Native>(tokens, d), value_words = packed_words<Native>(d, tokens);
+  const float scale = LOG2_E / __builtin_sqrtf((float)d);
+  for_each(common.parallel, a.B * tiles, [&](int64_t task, int64_t thread) {
+    const int64_t image = task / tiles, begin = task % tiles * step, rows = smaller(step, a.N - begin);
+    Scratch scratch{common.scratch + thread * common.scratch_bytes};
+    const T* x = (const T*)a.x + (image * a.N + begin) * D;
+    T* out = (T*)a.out + (image * a.N + begin) * D;
+    float* product = scratch.take<float>(rows * D);
+    const Rows<Operand> normed = Rows<Operand>::take(scratch, rows, D);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* row = product + r * D;
+      widen(x + r * D, D, row);
+      layer_norm(row, a.norm, D, row);
+      encode(normed, r, 0, row, D);
+    }
+    multiply(normed, rows, a.query.words, D, D, 0, D, 0, D, product, D, false);
+
+    Scratch attention = scratch;
+    const Rows<Native> query = Rows<Native>::take(attention, rows, D);
+    float* cosines = attention.take<float>(d);
+    float* sines = attention.take<float>(d);
+    for (int64_t r = 0; r < rows; ++r) {
+      rotation((const C*)a.coords.xy + 2 * (image * a.N + begin + r), a.token_h, a.token_w, a.inv_freq, d, cosines, sines);
+      float* row = product + r * D;
+      for (int64_t i = 0; i < D; i += LANES) {
+        const Floats q = (load(row + i) + load(a.query.bias + i)) * scale;
+        store(row + i, q * load(cosines + i % d) + swapped_pairs(q) * load(sines + i % d));
+      }
+      encode(query, r, 0, row, D);
+    }
+    for (int64_t head = 0; head < a.heads; ++head) {
+      Rows<Native> part = query;
+      part.words += head * word_count<Native>(d);
+      const int64_t matrix = image * a.heads + head;
+      attend<Native, PRECISE>(part, rows, a.key + matrix * key_words, a.value + matrix * value_words, tokens, d, attention,
+                              product + head * d, D);
+    }
+    for (int64_t r = 0; r < rows; ++r) encode(normed, r, 0, product + r * D, D);
+    multiply(normed, rows, a.out_projection.words, D, D, 0, D, 0, D, product, D, false);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < D; i += LANES)
+        store(out + r * D + i, load(x + r * D + i) + (load(product + r * D + i) + load(a.out_projection.bias + i)));
+  });
+}

@@ -1,0 +1,153 @@
+// Vectors of floats as wide as the instruction set allows, and the three dtypes that tensors may have.
+//
+// Included by kernels.cpp alone, inside an anonymous namespace and once per instruction set: no function of these
+// headers may have external linkage, or the linker could pick the copy of a wider instruction set for all.
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+typedef _Float16 float16;
+
+template <class V, class T>
+inline V load_as(const T* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class V, class T>
+inline void store_as(T* to, V v) {
+  __builtin_memcpy(to, &v, sizeof v);
+}
+
+inline Floats splat(float x) { return Floats{} + x; }
+inline Floats select(Ints mask, Floats yes, Floats no) {
+  return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask));
+}
+
+// Bounds that let a NaN in x pass.
+inline Floats at_least(Floats x, Floats bound) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)bound, (__m512)x);
+#elif defined(__AVX__)
+  return (Floats)_mm256_max_ps((__m256)bound, (__m256)x);
+#else
+  return select(x < bound, bound, x);
+#endif
+}
+inline Floats at_most(Floats x, Floats bound) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_min_ps((__m512)bound, (__m512)x);
+#elif defined(__AVX__)
+  return (Floats)_mm256_min_ps((__m256)bound, (__m256)x);
+#else
+  return select(x > bound, bound, x);
+#endif
+}
+inline Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
+
+inline Floats nearest_integer(Floats x) {  // ties to even
+#if defined(__AVX512F__)
+  return (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Floats shift = splat(12582912.0f);  // 1.5 * 2^23; larger floats are integers
+  return select(absolute(x) < splat(4194304.0f), (x + shift) - shift, x);
+#endif
+}
+
+inline float sum(Floats v) {
+  float total[LANES];
+  store_as(total, v);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) total[i] += total[i + width];
+  return total[0];
+}
+
+inline float largest(Floats v) {
+  float best[LANES];
+  store_as(best, v);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) best[i] = best[i] > best[i + width] ? best[i] : best[i + width];
+  return best[0];
+}
+
+inline Floats load(const float* from) { return load_as<Floats>(from); }
+inline Floats load(const bfloat16* from) {
+  return (Floats)(__builtin_convertvector(load_as<Halves>(from), Words) << 16);
+}
+inline Floats load(const float16* from) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(load_as<__m256i>(from));
+#elif defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps(load_as<__m128i>(from));
+#else
+  Floats v;
+  for (int i = 0; i < LANES; ++i) v[i] = (float)from[i];
+  return v;
+#endif
+}
+
+inline Halves rounded_to_bfloat16(Floats x) {  // ties to even, NaN stays NaN
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+  const Words bits = (Words)x;
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words quiet = (bits >> 16) | 0x40;
+  const Words is_nan = (Words)(x != x);
+  return __builtin_convertvector((quiet & is_nan) | (rounded & ~is_nan), Halves);
+#endif
+}
+
+inline void store(float* to, Floats v) { store_as(to, v); }
+inline void store(bfloat16* to, Floats v) { store_as(to, rounded_to_bfloat16(v)); }
+inline void store(float16* to, Floats v) {
+#if defined(__AVX512F__)
+  store_as(to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  store_as(to, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < LANES; ++i) to[i] = (float16)v[i];
+#endif
+}
+
+// Loads the first `count` lanes and zeros behind them.
+inline Floats load_part(const float* from, int64_t count) {
+  if (count >= LANES) return load(from);
+  Floats v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = from[i];
+  return v;
+}
+
+// Stores the first `count` lanes.
+template <class T>
+inline void store_part(T* to, Floats v, int64_t count) {
+  if (count >= LANES) return store(to, v);
+  T all[LANES];
+  store(all, v);
+  for (int64_t i = 0; i < count; ++i) to[i] = all[i];
+}
+
+inline float widened(float x) { return x; }
+inline float widened(float16 x) { return (float)x; }
+inline float widened(bfloat16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
