@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -184,8 +183,8 @@ def first_error(output: str) -> str:
     return (lines or ["no output"])[-1].strip()[:300]
 
 
-def run(command: list[str], env: dict[str, str]) -> str:
-    """Run a command, passing on what it prints, and return that.
+def run(command: list[str], env: dict[str, str]) -> None:
+    """Run a command and pass on what it prints.
 
     Raises:
         BuildError: the command failed.
@@ -198,8 +197,7 @@ def run(command: list[str], env: dict[str, str]) -> str:
             print(line, end="", flush=True)
             output.append(line)
     if process.returncode:
-        raise BuildError(first_error("".join(output)))
-    return "".join(output)
+        raise BuildError(first_error("".join(output)).replace(f"{ROOT}/", ""))
 
 
 def version_of(program: str) -> str:
@@ -220,12 +218,8 @@ def compile_module(folder: Path, parts: frozenset[str], plan: Plan) -> Path:
 
     env = dict(os.environ, CUDACXX=plan.nvcc) if plan.nvcc else dict(os.environ)
     tools = [sys.version, sys.executable, str(ROOT)]
-    tools += [
-        f"{v}={env.get(v)}" for v in ("CXX", "CUDACXX", "CUDAHOSTCXX", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS")
-    ]
-    tools += [
-        version_of(program) for program in ("cmake", env.get("CXX", "c++").split()[0], plan.nvcc) if program
-    ]
+    programs = ["cmake", (env.get("CXX") or "c++").split()[0], plan.nvcc]
+    tools += [version_of(program) for program in programs if program]
     fingerprint = folder / "tools.json"
     if not fingerprint.exists() or json.loads(fingerprint.read_text()) != tools:
         shutil.rmtree(folder, ignore_errors=True)
@@ -254,16 +248,14 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def place(source: Path, target: Path) -> None:
-    """Put a file in its place as a whole, or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".part", dir=target.parent)
-    os.close(handle)
+def place(content: bytes, target: Path) -> None:
+    """Write a file as a whole, or not at all."""
+    staged = target.with_name(f".{target.name}.part")
     try:
-        shutil.copyfile(source, temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+        staged.write_bytes(content)
+        os.replace(staged, target)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        staged.unlink(missing_ok=True)
 
 
 def tell(line: str) -> None:
@@ -271,7 +263,7 @@ def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
     if not sys.stderr.isatty():
         with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
-            print(f"\n{line}", file=terminal)
+            terminal.write(f"\n{line}\n")
 
 
 class BuildExtension(build_ext):
@@ -301,13 +293,11 @@ class BuildExtension(build_ext):
                     ) from None
                 reasons.update(dict.fromkeys(parts, f"they do not compile ({error})"))
             else:
-                place(module, destination / MODULE)
+                place(module.read_bytes(), destination / MODULE)
                 break
         line = describe(parts, PLAN, reasons)
         report = {"summary": line, **{part: None if part in parts else reasons[part] for part in TITLES}}
-        with tempfile.TemporaryDirectory() as scratch:
-            (Path(scratch) / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-            place(Path(scratch) / REPORT, destination / REPORT)
+        place(json.dumps(report, indent=2).encode(), destination / REPORT)
         tell(f"{PACKAGE}: {line}")
 
     def destination(self) -> str:

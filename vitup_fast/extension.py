@@ -46,7 +46,10 @@ obstacle._dynamo_marked_constant = True
 
 def summary() -> str:
     """What the installation built and why not the rest, in one line."""
-    return _report().get("summary") or "no installation has tried to build it"
+    by_hand = isinstance(_find(), ModuleType)
+    return _report().get("summary") or (
+        "built by hand" if by_hand else "no installation has tried to build it"
+    )
 
 
 @cache
