@@ -25,6 +25,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from ..config import LAYER_NORM_EPS
 from ..errors import KernelError, expected
+from .compiled import launch_compiled, runs_compiled
 
 # Triton's interpreter runs the kernels in NumPy, without inline assembly.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
@@ -401,7 +402,7 @@ def settings_for(role: str, x: Tensor, width: int) -> dict[str, Any]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, role: str, **options: object) -> None:
-    """Launch a kernel on the device of its first tensor.
+    """Launch a kernel, or the compiled one in its place, on the device of its first tensor.
 
     Raises:
         InputError: more images than a grid has places for.
@@ -415,6 +416,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, role: str, **
         _recorder.append(Launch(kernel, arguments, options, role))
         return
     if 0 in grid:
+        return
+    if runs_compiled(kernel.fn.__name__):
+        launch_compiled(kernel.fn.__name__, grid, arguments, options)
         return
     first = next(a for a in arguments if isinstance(a, Tensor))
     elsewhere = first.is_cuda and first.device.index != torch.cuda.current_device()

@@ -346,7 +346,8 @@ def film_source(
 ) -> tuple[FilmSource, Tensor | None]:
     """Gamma and beta from the table or the position MLP, with the position code in the latter case."""
     if table is not None:
-        return FilmSource(table.contiguous(), None, row.contiguous(), token.contiguous()), None
+        gamma_beta = table.to(wide(tokens.dtype)).contiguous()
+        return FilmSource(gamma_beta, None, row.contiguous(), token.contiguous()), None
     coords = positions(coords, tokens)
     code, gamma_beta = position_gamma_beta(
         coords, freqs.contiguous(), tokens.shape[1:3], fold_position(*position)
@@ -425,7 +426,9 @@ def backward(
             grad_tokens = segment_sum(grad_token, index, B * h * w, x.dtype)
         del grad_token
         if table is not None and needs[12]:
-            grad_table = segment_sum(grad_gamma_beta, row.repeat(B), table.shape[0], table.dtype)
+            grad_table = segment_sum(grad_gamma_beta, row.repeat(B), table.shape[0], film_dtype).to(
+                table.dtype
+            )
         elif table is None and (needs_coords or any(needs[:4])):
             grad_coords, grads_position = _position_backward(
                 grad_gamma_beta, code, source.coords, freqs, (h, w), position, needs_coords

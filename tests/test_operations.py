@@ -28,11 +28,12 @@ SMALL = Sizes(B=2, N=5, D=8, token_grid=(3, 4), patch_grid=(4, 5))
 # Powers of two, so that a table and the coordinates it stands for agree in float32.
 LARGE = Sizes(B=2, N=500, D=64, token_grid=(4, 8), patch_grid=(6, 5))
 LOW = (torch.float32, torch.bfloat16, torch.float16)
+GPU_IMPLS = ("triton", "cuda")
 WITH_COORDS = ("bilinear_sample", "rope_cross_attention", "film_mlp")
 
 
 def small(impl, **changes):
-    return (SMALL_KERNEL if impl == "triton" else SMALL)._replace(**changes)
+    return (SMALL_KERNEL if impl in GPU_IMPLS else SMALL)._replace(**changes)
 
 
 def run(operation, arguments, impl="torch", cotangent=None):
@@ -54,7 +55,7 @@ def gradcheck(operation, arguments, impl):
         return operation.function(**replaced, impl=impl)
 
     # Kernels run slowly in the interpreter: one random direction per tensor instead of every element.
-    return torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=impl == "triton")
+    return torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=impl in GPU_IMPLS)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -251,14 +252,14 @@ def test_bad_coordinate_stays_in_its_row(generator, impl, name, bad):
     torch.testing.assert_close(actual[others], expected[others])
     torch.testing.assert_close(grads["coords"][others], expected_grads["coords"][others])
     # PyTorch's attention takes NaN scores for masked ones.
-    if bad != bad and (name != "rope_cross_attention" or impl == "triton"):
+    if bad != bad and (name != "rope_cross_attention" or impl in GPU_IMPLS):
         assert actual[1, 2].isnan().all()
     elif name == "bilinear_sample":
         assert actual.isfinite().all()
 
 
 def test_unknown_implementation(operation, generator):
-    with pytest.raises(InputError, match=r"impl: expected .*'triton', 'torch', 'reference'.*, got 'fast'"):
+    with pytest.raises(InputError, match=r"impl: expected .*'triton', .*'torch', 'reference'.*, got 'fast'"):
         operation.function(**operation.inputs(SMALL, generator), impl="fast")
 
 

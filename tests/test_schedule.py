@@ -209,7 +209,7 @@ def test_graphs_share_a_budget(network, cache, coords, recorded, monkeypatch):
     with torch.no_grad():
         for count in (COUNT, COUNT - 1, COUNT - 2, COUNT - 3):
             network(cache, coords[:, :count], impl="triton")
-    sessions = SCHEDULERS[network][torch.float64]._sessions
+    sessions = SCHEDULERS[network]["triton", (), torch.float64]._sessions
     assert 1 <= len(sessions) <= 2
     assert sum(s.nbytes for s in sessions.values()) <= 2 * one
 

@@ -41,7 +41,7 @@ from .ops import (
 )
 from .ops.checks import check_coords, check_features
 from .ops.coordinates import rope_angles, rope_inv_freq, rotate_pairs, token_centres
-from .ops.dispatch import resolve
+from .ops.dispatch import compiled_operations, resolve
 from .ops.film_mlp import film_gamma_beta
 from .ops.norm_linear import label_dtype
 from .ops.primitives import pack
@@ -66,7 +66,8 @@ if TYPE_CHECKING:
 # Queries whose activations stay in the last-level cache while a block's weights pass by.
 CHUNK_QUERIES = {"cpu": 1568, "cuda": 8448}
 # Implementations that walk chunks themselves where no gradient is asked for, without operators in between.
-SCHEDULED = ("triton", "cpu", "cpu_int8")
+CPU_KERNELS = ("cpu", "cpu_int8")
+SCHEDULED = ("triton", "cuda", *CPU_KERNELS)
 # A table of relative positions is computed once per call up to this many rows, beyond that once per chunk.
 SHARED_TABLE_ROWS = 2048
 
@@ -389,14 +390,25 @@ class ViTUp(nn.Module):
             raise expected("hidden_states and patch_grid", "no empty axis", tuple(patch_grid.shape))
         self._forget_stale_weights()
 
+        hidden_states = [hidden.to(self.dtype) for hidden in hidden_states[1:]]
+        grid = patch_grid.to(self.device, self.dtype).contiguous()
+        implementation = resolve(impl, grid, {"the width D": D}, self.config.head_dim)
+        tracks_grad = torch.is_grad_enabled() and any(
+            t.requires_grad for t in (grid, *hidden_states, *self.parameters())
+        )
+        plain = not tracks_grad and not torch.compiler.is_compiling() and self._compute_dtype() == self.dtype
+        if implementation in CPU_KERNELS and plain:
+            with torch.no_grad():
+                scheduler = self._scheduler(implementation, (), self.dtype)
+                return ImageCache(*scheduler.project(hidden_states), grid)
+
         token_grid = tuple(hidden_states[0].shape[1:3])
         wide = torch.promote_types(self.dtype, torch.float32)
         centres = token_centres(token_grid, wide, self.device)
         angles = rope_angles(centres, self.rope.inv_freq).unsqueeze(1)  # [h * w, 1, d / 2]
         heads = (self.config.num_heads, self.config.head_dim)
         keys, values, tokens = [], [], []
-        for block, hidden in zip(self.vit_up_blocks, hidden_states[1:], strict=True):
-            hidden = hidden.to(self.dtype)
+        for block, hidden in zip(self.vit_up_blocks, hidden_states, strict=True):
             flat, attention = hidden.flatten(1, 2), block.cross_attention  # [B, h * w, D]
             key = norm_linear(flat, *_parameters(block.norm_h_global, attention.k_proj), impl=impl)
             value = norm_linear(flat, *_parameters(block.norm_h_global, attention.v_proj), impl=impl)
@@ -405,7 +417,6 @@ class ViTUp(nn.Module):
             values.append(value.unflatten(-1, heads).transpose(1, 2).contiguous())
             norm = block.featx.norm_input
             tokens.append(F.layer_norm(hidden, (D,), norm.weight, norm.bias, LAYER_NORM_EPS))
-        grid = patch_grid.to(self.device, self.dtype).contiguous()
         return ImageCache(tuple(keys), tuple(values), tuple(tokens), grid)
 
     def forward(
@@ -663,7 +674,12 @@ class ViTUp(nn.Module):
         with ExitStack() as modes:
             for mode in (on_device(device), *plain):
                 modes.enter_context(mode)
-            scheduler = self._scheduler(implementation, dtype)
+            compiled = compiled_operations(options.impl, cache.patch_grid)
+            if compiled:
+                from .kernels.compiled import compiled_kernels
+
+                modes.enter_context(compiled_kernels(compiled))
+            scheduler = self._scheduler(implementation, compiled, dtype)
             decoders = {depth: scheduler.decoders[depth] for depth in depths}
             if folded:
                 norm, _ = self.decoder_mlp[last].mlp
@@ -681,7 +697,7 @@ class ViTUp(nn.Module):
             cache = cache.to(dtype)
             rows = max((g.stop - g.start) * (s.stop - s.start) for g in groups for s in spans)
             session = session_shape = workspace = None
-            if implementation != "triton":
+            if implementation in CPU_KERNELS:
                 workspace = scheduler.workspace(rows, cache, options.scratch_bytes)
             elif options.scratch_bytes is not None or not wants_graph(device, depths, last):
                 workspace = Workspace(rows, self.config.dim, dtype, device)
@@ -708,29 +724,41 @@ class ViTUp(nn.Module):
                     options.progress(part.coords.shape[1])
         return list(outputs.values())
 
-    def _scheduler(self, implementation: str, dtype: torch.dtype) -> Scheduler | CpuScheduler:
+    def _scheduler(
+        self, implementation: str, compiled: tuple[str, ...], dtype: torch.dtype
+    ) -> Scheduler | CpuScheduler:
         """Folded weights and graphs for a compute type, made anew when a parameter has changed."""
         state = parameter_state(self.parameters())
         schedulers = SCHEDULERS.setdefault(self, {})
-        scheduler = schedulers.get((implementation, dtype))
+        scheduler = schedulers.get((implementation, compiled, dtype))
         if scheduler is None or scheduler.state != state:
             weights = _map(_cast(self._weights(packed=False), dtype), Tensor.detach)
             inv_freq, freqs = self.rope.inv_freq, self.rel_pos_enc.freqs
             capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             samples = None if capturing else self._samples()
-            if implementation == "triton":
+            if implementation not in CPU_KERNELS:
                 blocks = [fold_block(block, self.config.head_dim) for block in weights.blocks]
                 decoders = [fold_decoder(decoder) for decoder in weights.decoders]
                 constants = Constants(blocks, inv_freq, freqs)
                 scheduler = Scheduler(constants, decoders, state, samples, self.config.dim, dtype)
             else:
-                from .cpu import CpuScheduler
+                from .cpu import CpuScheduler, ImageWeights
 
                 int8 = implementation == "cpu_int8"
-                scheduler = CpuScheduler(weights, inv_freq, freqs, state, samples, int8)
+                images = [
+                    ImageWeights(
+                        *(t.detach().to(dtype) for t in _parameters(block.norm_h_global)),
+                        *(t.detach().to(dtype) for t in _parameters(block.cross_attention.k_proj)),
+                        *(t.detach().to(dtype) for t in _parameters(block.cross_attention.v_proj)),
+                        *(t.detach().to(dtype) for t in _parameters(block.featx.norm_input)),
+                    )
+                    for block in self.vit_up_blocks
+                ]
+                heads = self.config.num_heads
+                scheduler = CpuScheduler(weights, images, heads, inv_freq, freqs, state, samples, int8)
             # What is folded inside a caller's graph exists only when that graph is replayed.
             if not capturing:
-                schedulers[implementation, dtype] = scheduler
+                schedulers[implementation, compiled, dtype] = scheduler
         return scheduler
 
     def _forget_stale_weights(self) -> None:
@@ -789,13 +817,13 @@ class ViTUp(nn.Module):
         if head is not None:
             width = head_parameters(head, D)[0].shape[0]
         # The compiled kernels keep all but the query's state in their scratch.
-        walk = 2 * D * itemsize if implementation.startswith("cpu") else query_bytes(D, self.dtype)
+        walk = 2 * D * itemsize if implementation in CPU_KERNELS else query_bytes(D, self.dtype)
         return walk + width * itemsize
 
     def _chunk(
         self, implementation: str, query_chunk_size: int | None, max_memory: int | None, per_query: int
     ) -> tuple[int, int | None]:
-        """Queries per chunk from the caller's budget, or what suits the device, and what a budget leaves beside them."""
+        """Queries per chunk, from the caller's budget or as suits the device, and what a budget leaves beside them."""
         if query_chunk_size is not None and max_memory is not None:
             raise expected("query_chunk_size and max_memory", "one of the two", "both")
         if query_chunk_size is not None:
@@ -810,7 +838,7 @@ class ViTUp(nn.Module):
         if max_memory is None:
             return chunk, None
         scratch = 0
-        if implementation.startswith("cpu"):
+        if implementation in CPU_KERNELS:
             from .cpu import smallest_scratch
 
             scratch = smallest_scratch(self.config.dim, len(self.rel_pos_enc.freqs))

@@ -413,6 +413,6 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-# Of each network, by compute type.
-Schedulers = weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype, Scheduler]]
+# Of each network, by implementation, operations with compiled CUDA kernels, and compute type.
+Schedulers = weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, tuple[str, ...], torch.dtype], Scheduler]]
 SCHEDULERS: Schedulers = weakref.WeakKeyDictionary()

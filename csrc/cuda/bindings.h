@@ -118,8 +118,8 @@ void bind_kernels(pybind11::module_& m, Run run) {
   m.def(
       BilinearSampleGridBackward::NAME,
       [run](
-          Tensor grad, Tensor coords, Tensor order, Tensor offsets, Tensor grad_grid, std::int64_t cells,
-          std::int64_t rows, std::int64_t columns, std::int64_t dim, int device, std::uintptr_t stream) {
+          Tensor grad, Tensor coords, Tensor order, Tensor offsets, Tensor grad_grid, std::int64_t rows,
+          std::int64_t columns, std::int64_t dim, std::int64_t cells, int device, std::uintptr_t stream) {
         const Checks checks{BilinearSampleGridBackward::NAME};
         const Type type = checks.features("grad_grid", grad_grid);
         checks.type("grad", grad, type);
@@ -131,8 +131,8 @@ void bind_kernels(pybind11::module_& m, Run run) {
             columns, dim, type, checks.wide_coords(coords)};
         run(arguments, device, stream);
       },
-      arg("grad"), arg("coords"), arg("order"), arg("offsets"), arg("grad_grid"), arg("cells"), arg("P"), arg("Q"),
-      arg("D"), arg("device"), arg("stream"), unlocked);
+      arg("grad"), arg("coords"), arg("order"), arg("offsets"), arg("grad_grid"), arg("P"), arg("Q"), arg("D"),
+      arg("cells"), arg("device"), arg("stream"), unlocked);
 
   m.def(
       Modulate::NAME,
@@ -183,7 +183,7 @@ void bind_kernels(pybind11::module_& m, Run run) {
   m.def(
       SegmentSum::NAME,
       [run](
-          Tensor values, Tensor order, Tensor offsets, Tensor out, std::int64_t segments, std::int64_t dim, int device,
+          Tensor values, Tensor order, Tensor offsets, Tensor out, std::int64_t dim, std::int64_t segments, int device,
           std::uintptr_t stream) {
         const Checks checks{SegmentSum::NAME};
         const Type type = checks.features("out", out);
@@ -195,7 +195,7 @@ void bind_kernels(pybind11::module_& m, Run run) {
             address(values), address(order), address(offsets), address(out), segments, dim, type};
         run(arguments, device, stream);
       },
-      arg("values"), arg("order"), arg("offsets"), arg("out"), arg("segments"), arg("D"), arg("device"),
+      arg("values"), arg("order"), arg("offsets"), arg("out"), arg("D"), arg("segments"), arg("device"),
       arg("stream"), unlocked);
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import checks
 from .coordinates import position_dtype
-from .dispatch import Kernels, Operator, autocast, cpu_kernels, lazy_kernels, resolve, run_reference
+from .dispatch import Kernels, Operator, autocast, cpu_kernels, gpu_kernels, resolve, run_reference
 
 
 def bilinear_sample_reference(grid: Tensor, coords: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ _operator = Operator(
     output_shape=lambda grid, coords: (*coords.shape[:2], grid.shape[-1]),
     kernels={
         "torch": Kernels(_forward, _backward),
-        "triton": lazy_kernels("bilinear_sample"),
+        **gpu_kernels("bilinear_sample"),
         **cpu_kernels("bilinear_sample", _backward),
     },
 )
@@ -125,7 +125,7 @@ def bilinear_sample(
     checks.check_coords(coords, batch=grid.shape[0])
     checks.check_device("coords", coords, grid)
     (grid,) = autocast(grid)
-    impl = resolve(impl, grid, {"the width D": grid.shape[-1]})
+    impl = resolve(impl, grid, {"the width D": grid.shape[-1]}, operation="bilinear_sample")
     if impl == "reference":
         return run_reference(bilinear_sample_reference, grid, coords)
     return _operator(grid, coords, impl=impl)

@@ -7,14 +7,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import extension
-from ..errors import expected
+from ..errors import MissingPackageError, expected
 
 NAMESPACE = "vitup_fast"
 Result = TypeVar("Result")
@@ -38,10 +37,15 @@ def implementations() -> list[Implementation]:
     """List every implementation with whether and why it is available, the preferred one first."""
     onednn = "with" if torch.backends.mkldnn.is_available() else "without"
     obstacle = _triton_obstacle()
-    cpu, int8 = _cpu_obstacle(int8=False), _cpu_obstacle(int8=True)
+    cuda, cpu, int8 = _cuda_obstacle(), _cpu_obstacle(int8=False), _cpu_obstacle(int8=True)
     return [
         Implementation(
             "triton", obstacle is None, obstacle or "fused kernels for NVIDIA GPUs and their tensors"
+        ),
+        Implementation(
+            "cuda",
+            cuda is None,
+            cuda or "the same with compiled kernels where there are some, not yet measured",
         ),
         Implementation("cpu", cpu is None, cpu or f"compiled kernels for CPU tensors ({_instruction_set()})"),
         Implementation(
@@ -52,7 +56,9 @@ def implementations() -> list[Implementation]:
     ]
 
 
-NAMES = ("triton", "cpu", "cpu_int8", "torch", "reference")
+NAMES = ("triton", "cuda", "cpu", "cpu_int8", "torch", "reference")
+# Operations with compiled CUDA kernels.
+COMPILED = ("bilinear_sample", "residual_mlp", "film_mlp")
 OLDEST_TRITON = (3, 6)
 HEAD_DIMS = (32, 64, 128)
 
@@ -123,6 +129,82 @@ def _triton_obstacle_for(x: Tensor, widths: Mapping[str, int], head_dim: int | N
 
 
 @_constant_to_compiler
+def _cuda_obstacle() -> str | None:
+    """Why the compiled CUDA kernels, and Triton's for the rest, cannot run on this machine, or None."""
+    obstacle = _triton_obstacle()
+    if obstacle is None and interpreted():
+        try:
+            extension.load()
+        except MissingPackageError as error:
+            return str(error)
+    elif obstacle is None:
+        return extension.obstacle("cuda")
+    return obstacle
+
+
+def runs_on(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code for architectures such as ``"80"`` and ``"90a"`` runs on a GPU of a compute capability.
+
+    Code runs on later minor revisions, and its PTX on all later GPUs, unless an ``a`` binds it to one or an ``f`` to
+    one major revision.
+    """
+    for architecture in architectures:
+        number = int("".join(c for c in architecture if c.isdigit()))
+        built = divmod(number, 10)
+        if architecture.endswith("a"):
+            fits = capability == built
+        elif architecture.endswith(("f", "-real")):
+            fits = capability[0] == built[0] and capability >= built
+        else:
+            fits = capability >= built
+        if fits:
+            return True
+    return False
+
+
+@_constant_to_compiler
+def _not_built_for(device_index: int) -> str | None:
+    """Why the compiled CUDA kernels cannot run on a GPU, or None."""
+    built, capability = extension.load().cuda.architectures(), torch.cuda.get_device_capability(device_index)
+    if runs_on(built, capability):
+        return None
+    name = torch.cuda.get_device_name(device_index)
+    return (
+        f"the CUDA kernels are built for {', '.join(built)}, and {name} has compute capability "
+        f"{capability[0]}.{capability[1]} (build with VITUP_FAST_CUDA_ARCHITECTURES={capability[0]}{capability[1]})"
+    )
+
+
+def _cuda_obstacle_for(x: Tensor, widths: Mapping[str, int], head_dim: int | None) -> str | None:
+    """Why the compiled CUDA kernels, and Triton's for the rest, cannot take these features, or None."""
+    obstacle = _triton_obstacle_for(x, widths, head_dim) or _cuda_obstacle()
+    if obstacle is None and x.is_cuda:
+        return _not_built_for(x.device.index)
+    return obstacle
+
+
+@_constant_to_compiler
+def _measured_faster(operation: str, device_index: int, dtype: torch.dtype, width: int) -> bool:
+    """Whether results of measurements show an operation to be faster with compiled kernels on a GPU."""
+    from ..kernels.compiled import measured_faster
+
+    return measured_faster(operation, torch.cuda.get_device_name(device_index), dtype, width)
+
+
+def compiled_operations(impl: str, x: Tensor) -> tuple[str, ...]:
+    """Operations that run with compiled CUDA kernels for ``impl``: all of them for ``"cuda"``.
+
+    For ``"auto"`` those that measurements in ``bench/results`` show to be faster so, on the GPU of ``x``, in its dtype
+    and at its width; none where the kernels cannot run.
+    """
+    if impl == "cuda":
+        return COMPILED
+    if impl != "auto" or not x.is_cuda or _cuda_obstacle_for(x, {}, None) is not None:
+        return ()
+    return tuple(name for name in COMPILED if _measured_faster(name, x.device.index, x.dtype, x.shape[-1]))
+
+
+@_constant_to_compiler
 def _instruction_set() -> str:
     """Instruction set that the compiled CPU kernels use."""
     return extension.load().cpu.instruction_set()
@@ -160,17 +242,24 @@ def _cpu_obstacle_for(x: Tensor, widths: Mapping[str, int], head_dim: int | None
     return None
 
 
-def resolve(impl: str, x: Tensor, widths: Mapping[str, int], head_dim: int | None = None) -> str:
+def resolve(
+    impl: str,
+    x: Tensor,
+    widths: Mapping[str, int],
+    head_dim: int | None = None,
+    operation: str | None = None,
+) -> str:
     """Return the name of the implementation that runs for ``impl``.
 
     ``"auto"`` picks Triton kernels for tensors on a GPU and compiled ones on a CPU where they can take them and are
-    the fastest, else tuned PyTorch calls.
+    the fastest, else tuned PyTorch calls; on a GPU compiled ones where :func:`compiled_operations` has the operation.
 
     Args:
         impl: ``"auto"`` or the name of an implementation.
         x: the features.
         widths: widths that kernels want as multiples of 64, by name.
         head_dim: width of an attention head, where there is one.
+        operation: the operation, or None for a whole network.
 
     Raises:
         InputError: the name is unknown, or it cannot run; says why.
@@ -184,9 +273,13 @@ def resolve(impl: str, x: Tensor, widths: Mapping[str, int], head_dim: int | Non
         name = "triton" if x.is_cuda else "cpu"
     if name == "triton":
         obstacle = _triton_obstacle_for(x, widths, head_dim)
+    elif name == "cuda":
+        obstacle = _cuda_obstacle_for(x, widths, head_dim)
     else:
         obstacle = _cpu_obstacle_for(x, widths, head_dim, int8=name == "cpu_int8")
     if impl == "auto":
+        if name == "triton" and obstacle is None and operation in compiled_operations(impl, x):
+            return "cuda"
         slower = name == "cpu" and obstacle is None and _onednn_is_faster(x.dtype)
         return "torch" if obstacle is not None or slower else name
     if obstacle is None:
@@ -207,15 +300,26 @@ class Kernels(NamedTuple):
     backward: Callable[..., list[Tensor]]
 
 
-def lazy_kernels(name: str) -> Kernels:
-    """Kernels of :mod:`vitup_fast.kernels`, imported when they first run."""
+def gpu_kernels(name: str) -> dict[str, Kernels]:
+    """Kernels of :mod:`vitup_fast.kernels` as ``"triton"`` and, compiled where there are such, as ``"cuda"``.
 
-    def module() -> ModuleType:
-        return importlib.import_module(f"vitup_fast.kernels.{name}")
+    The module is imported when they first run.
+    """
 
-    return Kernels(
-        lambda *arguments: module().forward(*arguments), lambda *arguments: module().backward(*arguments)
-    )
+    def kernels(*compiled: str) -> Kernels:
+        def runner(direction: str) -> Callable[..., Any]:
+            def run(*arguments: object) -> Any:
+                module = importlib.import_module(f"vitup_fast.kernels.{name}")
+                if not compiled:
+                    return getattr(module, direction)(*arguments)
+                with importlib.import_module("vitup_fast.kernels.compiled").compiled_kernels(compiled):
+                    return getattr(module, direction)(*arguments)
+
+            return run
+
+        return Kernels(runner("forward"), runner("backward"))
+
+    return {"triton": kernels(), "cuda": kernels(*COMPILED)}
 
 
 def cpu_kernels(name: str, backward: Callable[..., list[Tensor]]) -> dict[str, Kernels]:

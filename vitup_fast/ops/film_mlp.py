@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import LAYER_NORM_EPS
 from . import checks
 from .coordinates import nearest_token, position_code, position_dtype
-from .dispatch import Kernels, Operator, autocast, cpu_kernels, lazy_kernels, resolve, run_reference
+from .dispatch import Kernels, Operator, autocast, cpu_kernels, gpu_kernels, resolve, run_reference
 from .primitives import (
     MLPWeights,
     layer_norm,
@@ -243,7 +243,7 @@ _operator = Operator(
     output_shape=lambda x, *_: x.shape,
     kernels={
         "torch": Kernels(_forward, _backward),
-        "triton": lazy_kernels("film_mlp"),
+        **gpu_kernels("film_mlp"),
         **cpu_kernels("film_mlp", _backward),
     },
 )
@@ -299,7 +299,8 @@ def film_mlp(
     check_mlp("weights.mlp", mlp_weights, x)
     for field, weight in zip(FilmWeights._fields[1:], out_norm, strict=True):
         checks.check_weight(f"weights.{field}", weight, (D,), x)
-    impl = resolve(impl, x, {"the width D": D, "the hidden width": mlp_weights.weight1.shape[0]})
+    widths = {"the width D": D, "the hidden width": mlp_weights.weight1.shape[0]}
+    impl = resolve(impl, x, widths, operation="film_mlp")
     if impl == "reference":
         weights = FilmWeights(mlp_weights, *out_norm)
         return run_reference(film_mlp_reference, x, coords, tokens, freqs, position, weights)

@@ -14,7 +14,7 @@ from .dispatch import (
     Operator,
     autocast,
     cpu_kernels,
-    lazy_kernels,
+    gpu_kernels,
     resolve,
     run_reference,
 )
@@ -69,7 +69,7 @@ _operator = Operator(
     output_shape=lambda x, norm_weight, norm_bias, weight, bias: (*x.shape[:-1], weight.shape[0]),
     kernels={
         "torch": Kernels(_forward, _backward),
-        "triton": lazy_kernels("norm_linear"),
+        **gpu_kernels("norm_linear"),
         **cpu_kernels("norm_linear", _backward),
     },
 )
@@ -85,7 +85,7 @@ def _argmax(
 ) -> Tensor:
     dtype = label_dtype(weight.shape[0])
     with torch.autocast(x.device.type, enabled=False):
-        if impl == "triton":
+        if impl in ("triton", "cuda"):
             from ..kernels.norm_linear import argmax
 
             return argmax(x, norm_weight, norm_bias, weight, bias, dtype)

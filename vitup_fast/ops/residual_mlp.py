@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config import LAYER_NORM_EPS
 from . import checks
-from .dispatch import Kernels, Operator, autocast, cpu_kernels, lazy_kernels, resolve, run_reference
+from .dispatch import Kernels, Operator, autocast, cpu_kernels, gpu_kernels, resolve, run_reference
 from .primitives import MLPWeights, mlp, mlp_backward
 
 
@@ -37,7 +37,7 @@ _operator = Operator(
     output_shape=lambda x, *_: x.shape,
     kernels={
         "torch": Kernels(_forward, _backward),
-        "triton": lazy_kernels("residual_mlp"),
+        **gpu_kernels("residual_mlp"),
         **cpu_kernels("residual_mlp", _backward),
     },
 )
@@ -74,7 +74,8 @@ def residual_mlp(
     x, *cast = autocast(x, *weights)
     weights = MLPWeights(*cast)
     check_mlp("weights", weights, x)
-    impl = resolve(impl, x, {"the width D": x.shape[-1], "the hidden width": weights.weight1.shape[0]})
+    widths = {"the width D": x.shape[-1], "the hidden width": weights.weight1.shape[0]}
+    impl = resolve(impl, x, widths, operation="residual_mlp")
     if impl == "reference":
         return run_reference(residual_mlp_reference, x, weights)
     return _operator(x, *weights, impl=impl)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import LAYER_NORM_EPS
 from . import checks
 from .coordinates import position_dtype, rope_angles, rotate_pairs, token_positions
-from .dispatch import Kernels, Operator, autocast, cpu_kernels, lazy_kernels, resolve, run_reference
+from .dispatch import Kernels, Operator, autocast, cpu_kernels, gpu_kernels, resolve, run_reference
 from .norm_linear import norm_linear_backward
 from .primitives import layer_norm, linear, linear_backward
 
@@ -184,7 +184,7 @@ _operator = Operator(
     output_shape=lambda x, *_: x.shape,
     kernels={
         "torch": Kernels(_forward, _backward),
-        "triton": lazy_kernels("rope_cross_attention"),
+        **gpu_kernels("rope_cross_attention"),
         **cpu_kernels("rope_cross_attention", _backward),
     },
 )

@@ -1,0 +1,108 @@
+"""The compiled CUDA kernels: which of them run, and how a launch reaches them.
+
+A compiled kernel has the name and the arguments of the Triton kernel whose place it takes, so that all around a launch
+is the same. It reads its settings from the sizes. Where Triton is interpreted, the same source runs on the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import extension
+from ..errors import KernelError
+
+# Per operation its kernels, with the constants that a compiled one takes.
+KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
+    "bilinear_sample": {
+        "bilinear_sample_kernel": ("D", "MOMENTS"),
+        "bilinear_sample_coords_backward_kernel": ("D", "COORDS"),
+        "bilinear_sample_grid_backward_kernel": ("D",),
+    },
+    "film_mlp": {
+        "modulate_kernel": ("D", "TABLE"),
+        "modulate_backward_kernel": ("D", "TABLE"),
+        "segment_sum_kernel": ("D",),
+    },
+}
+# These learn their number of rows from the launch's grid.
+COUNTED_BY_GRID = ("bilinear_sample_grid_backward_kernel", "segment_sum_kernel")
+# Where compiled kernels were measured to be faster; `vitup_fast.bench.choose_compiled` writes it.
+FASTER = Path(__file__).parent / "configs" / "compiled.json"
+
+_chosen: ContextVar[frozenset[str]] = ContextVar("operations whose compiled kernels run", default=frozenset())
+
+
+@contextlib.contextmanager
+def compiled_kernels(operations: Collection[str]) -> Iterator[None]:
+    """Run the compiled kernels of these operations, and Triton's for the rest."""
+    token = _chosen.set(frozenset(operations))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def runs_compiled(kernel: str) -> bool:
+    """Whether launches of a kernel go to the compiled one."""
+    return any(kernel in KERNELS.get(operation, ()) for operation in _chosen.get())
+
+
+@cache
+def _faster() -> Mapping[str, Mapping[str, Mapping[str, list[int]]]]:
+    """Widths at which compiled kernels are faster, by GPU, operation and dtype."""
+    return json.loads(FASTER.read_text())
+
+
+def measured_faster(operation: str, device_name: str, dtype: torch.dtype, width: int) -> bool:
+    """Whether an operation was measured to be faster with compiled kernels on a GPU of this name."""
+    by_dtype = _faster().get(device_name, {}).get(operation, {})
+    return width in by_dtype.get(str(dtype).removeprefix("torch."), ())
+
+
+@cache
+def _types(part: ModuleType) -> dict[torch.dtype, int]:
+    """Numbers by which the extension knows dtypes."""
+    return {getattr(torch, name): number for number, name in enumerate(part.types)}
+
+
+def launch_compiled(
+    kernel: str, grid: tuple[int, ...], arguments: tuple[object, ...], options: Mapping[str, Any]
+) -> None:
+    """Launch a compiled kernel on the device of its first tensor and the current stream.
+
+    Args:
+        kernel: its name.
+        grid: the Triton kernel's grid.
+        arguments: the Triton kernel's arguments.
+        options: its constants and settings.
+
+    Raises:
+        KernelError: CUDA refuses the launch, or the kernel its arguments; names the kernel and its sizes.
+    """
+    first = next(a for a in arguments if isinstance(a, Tensor))
+    device, stream, part = 0, 0, "host"
+    if first.is_cuda:
+        device, part = first.device.index, "cuda"
+        stream = torch.cuda.current_stream(first.device).cuda_stream
+    library = getattr(extension.load(), part)
+    types = _types(library)
+    plain = [(a.data_ptr(), types.get(a.dtype, -1)) if isinstance(a, Tensor) else a for a in arguments]
+    operation = next(kernels for kernels in KERNELS.values() if kernel in kernels)
+    constants = [options[name] for name in operation[kernel]]
+    count = [grid[0]] if kernel in COUNTED_BY_GRID else []
+    try:
+        getattr(library, kernel)(*plain, *constants, *count, device, stream)
+    except (RuntimeError, ValueError) as error:
+        raise KernelError(
+            f"{error} (compiled kernel on {first.device}; impl='triton' runs without it)"
+        ) from error
