@@ -320,6 +320,19 @@ class Block(NamedTuple):
     mlp: Held
 
 
+class ImageWeights(NamedTuple):
+    """Parameters of one block that the image alone passes through: LNh, Wk, bk, Wv, bv, LNin."""
+
+    norm_weight: Tensor  # [D]
+    norm_bias: Tensor  # [D]
+    key_weight: Tensor  # [D, D]
+    key_bias: Tensor  # [D]
+    value_weight: Tensor  # [D, D]
+    value_bias: Tensor  # [D]
+    token_norm_weight: Tensor  # [D]
+    token_norm_bias: Tensor  # [D]
+
+
 class PackedImage(NamedTuple):
     """Keys and values of all images, packed, and what they were packed from."""
 
@@ -341,6 +354,8 @@ class CpuScheduler:
 
     Args:
         weights: parameters of the network, in the compute type.
+        images: per block, parameters for the image alone, in the compute type.
+        heads: number of attention heads.
         inv_freq: rotary frequencies.
         freqs: frequencies of the position code.
         state: of the parameters that these come from.
@@ -351,6 +366,8 @@ class CpuScheduler:
     def __init__(
         self,
         weights: NetworkWeights,
+        images: Sequence[ImageWeights],
+        heads: int,
         inv_freq: Tensor,
         freqs: Tensor,
         state: tuple[object, ...],
@@ -359,6 +376,7 @@ class CpuScheduler:
     ) -> None:
         weight = weights.decoders[0].weight
         self.dim, self.dtype, self.int8 = weight.shape[1], weight.dtype, int8
+        self.heads = heads
         self.width = max(self.dim, 2 + 4 * freqs.shape[0])
         self.state, self.samples = state, samples
         self.inv_freq, self.freqs = inv_freq.float().contiguous(), freqs.float().contiguous()
@@ -376,6 +394,15 @@ class CpuScheduler:
             )
             for block in weights.blocks
         ]
+        self.images = [
+            (
+                context.norm(*image[:2]),
+                context.matrix(*image[2:4]),
+                context.matrix(*image[4:6]),
+                context.norm(*image[6:]),
+            )
+            for image in images
+        ]
         self.decoders = [self.fold_decoder(decoder) for decoder in weights.decoders]
         self._images: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -383,6 +410,35 @@ class CpuScheduler:
         """Pack the parameters of a decoder."""
         context = Context(self.dtype, self.width, int8=self.int8)
         return context.norm(*decoder[:2]), context.matrix(*decoder[2:])
+
+    def project(
+        self, hidden_states: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Keys, values and tokens of every block, as an ImageCache holds them, from its hidden states."""
+        context = Context(self.dtype, self.width, int8=self.int8)
+        projected = []
+        for hidden, (norm, key_matrix, value_matrix, token_norm) in zip(
+            hidden_states, self.images, strict=True
+        ):
+            hidden = hidden.contiguous()
+            B, h, w, D = hidden.shape
+            key = hidden.new_empty(B, self.heads, h * w, D // self.heads)
+            value, tokens = torch.empty_like(key), torch.empty_like(hidden)
+            context.kernels.project_image(
+                context.handle,
+                hidden.data_ptr(),
+                norm.handle,
+                key_matrix.handle,
+                value_matrix.handle,
+                self.inv_freq.data_ptr(),
+                token_norm.handle,
+                *(t.data_ptr() for t in (key, value, tokens)),
+                *hidden.shape,
+                self.heads,
+            )
+            projected.append((key, value, tokens))
+        keys, values, tokens = zip(*projected, strict=True)
+        return keys, values, tokens
 
     def workspace(self, rows: int, cache: ImageCache, max_bytes: int | None = None) -> CpuWorkspace:
         """Memory for chunks of ``rows`` queries of these images, of which the scratch takes at most ``max_bytes``."""

@@ -107,6 +107,17 @@ void bind_cpu(py::module_ m) {
       },
       release);
   m.def(
+      "project_image",
+      [](const Context& c, Address x, const Norm& norm, const Matrix& key_projection, const Matrix& value_projection,
+         Address inv_freq, const Norm& token_norm, Address key, Address value, Address tokens, int64_t B,
+         int64_t token_h, int64_t token_w, int64_t D, int64_t heads) {
+        kernels().project_image(
+            c.common(), {pointer<const void>(x), norm, key_projection, value_projection, pointer<const float>(inv_freq),
+                         token_norm, pointer<void>(key), pointer<void>(value), pointer<void>(tokens), B, D, heads,
+                         token_h, token_w});
+      },
+      release);
+  m.def(
       "norm_linear",
       [](const Context& c, Address x, const Norm& norm, const Matrix& matrix, Address out, int64_t B, int64_t N,
          int64_t D, int64_t out_stride) {

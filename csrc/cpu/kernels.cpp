@@ -32,6 +32,8 @@ inline void for_each(const Parallel& parallel, int64_t tasks, const Body& body) 
 #include "norm_linear.h"
 #include "residual_mlp.h"
 #include "rope_cross_attention.h"
+// Needs the rotation of the attention.
+#include "project_image.h"
 
 // How operands are held natively for tensors of a dtype.
 template <class T>
@@ -108,6 +110,12 @@ void bilinear_sample_of(const Common& common, const BilinearSample& a) {
   });
 }
 
+void project_image_of(const Common& common, const ProjectImage& a) {
+  for_operand(common.dtype, common.precision, [&](auto tag, auto operand) {
+    project_image<typename decltype(tag)::type, typename decltype(operand)::type>(common, a);
+  });
+}
+
 void norm_linear_of(const Common& common, const NormLinear& a) {
   for_operand(common.dtype, common.precision, [&](auto tag, auto operand) {
     norm_linear<typename decltype(tag)::type, typename decltype(operand)::type>(common, a);
@@ -145,8 +153,9 @@ void film_mlp_of(const Common& common, const FilmMlp& a) {
 #define VITUP_JOIN(a, b) a##b
 #define VITUP_TABLE(isa) VITUP_JOIN(kernels_, isa)
 extern const Kernels VITUP_TABLE(VITUP_ISA);
-const Kernels VITUP_TABLE(VITUP_ISA) = {packed_words_of,   pack_matrices,   scratch_bytes_of, tile_rows,
-                                        bilinear_sample_of, norm_linear_of, residual_mlp_of,
-                                        rope_cross_attention_of, film_mlp_of};
+const Kernels VITUP_TABLE(VITUP_ISA) = {
+    packed_words_of,  pack_matrices,  scratch_bytes_of, tile_rows,
+    bilinear_sample_of, project_image_of, norm_linear_of, residual_mlp_of, rope_cross_attention_of, film_mlp_of,
+};
 
 }  // namespace vitup_fast::cpu

@@ -109,12 +109,26 @@ struct FilmMlp {
   int64_t B, N, D, token_h, token_w;
 };
 
+// What queries need of an image in one block.
+struct ProjectImage {
+  const void* x;  // [B, h, w, D]
+  Norm norm;      // before the projections
+  Matrix key_projection, value_projection;
+  const float* inv_freq;  // [d / 4]
+  Norm token_norm;
+  void* key;     // [B, Hh, h * w, d], rotated
+  void* value;   // [B, Hh, h * w, d]
+  void* tokens;  // [B, h, w, D]
+  int64_t B, D, heads, token_h, token_w;
+};
+
 struct Kernels {
   int64_t (*packed_words)(Dtype dtype, Precision precision, int64_t n, int64_t k);
   void (*pack)(const Pack& a);
   int64_t (*scratch_bytes)(int64_t width, int64_t tile_rows);
   int64_t (*tile_rows)(int64_t width);  // what suits the cache
   void (*bilinear_sample)(const Common& common, const BilinearSample& a);
+  void (*project_image)(const Common& common, const ProjectImage& a);
   void (*norm_linear)(const Common& common, const NormLinear& a);
   void (*residual_mlp)(const Common& common, const ResidualMlp& a);
   void (*rope_cross_attention)(const Common& common, const RopeCrossAttention& a);

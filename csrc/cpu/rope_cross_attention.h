@@ -4,15 +4,13 @@
 constexpr int64_t QUERY_BLOCK = 2 * ROW_BLOCK;  // queries whose scores are held at once
 constexpr float LOG2_E = 1.44269504f;
 
-// Cosines and sines of a query's d / 2 angles, each twice, as the pairs of channels want them; sines with the sign of
-// the first of a pair.
-template <class C>
-inline void rotation(const C* xy, int64_t h, int64_t w, const float* inv_freq, int64_t d, float* cosines, float* sines) {
+// Cosines and sines of the d / 2 angles of a position in token units, each twice, as the pairs of channels want them;
+// sines with the sign of the first of a pair.
+inline void rotation(float x, float y, const float* inv_freq, int64_t d, float* cosines, float* sines) {
   const int64_t bands = d / 4;
-  for (int64_t axis = 0; axis < 2; ++axis) {
-    const float position = (float)(xy[axis] * (C)(axis == 0 ? w : h));
+  for (int64_t axis = 0; axis < 2; ++axis)
     for (int64_t i = 0; i < bands; i += LANES) {
-      const SineCosine wave = sine_cosine_of_turns(position * load_part(inv_freq + i, bands - i));
+      const SineCosine wave = sine_cosine_of_turns((axis == 0 ? x : y) * load_part(inv_freq + i, bands - i));
       for (int64_t j = 0; j < smaller(LANES, bands - i); ++j) {
         const int64_t channel = 2 * (axis * bands + i + j);
         cosines[channel] = cosines[channel + 1] = wave.cosine[j];
@@ -20,7 +18,6 @@ inline void rotation(const C* xy, int64_t h, int64_t w, const float* inv_freq, i
         sines[channel + 1] = wave.sine[j];
       }
     }
-  }
 }
 
 inline Floats swapped_pairs(Floats x) {
@@ -31,6 +28,15 @@ inline Floats swapped_pairs(Floats x) {
 #else
   return Floats{x[1], x[0], x[3], x[2]};
 #endif
+}
+
+// The sum of a row of D channels and a bias, times `scale`, every head rotated; in place.
+inline void rotate(float* row, const float* bias, float scale, int64_t D, int64_t d, const float* cosines,
+                   const float* sines) {
+  for (int64_t i = 0; i < D; i += LANES) {
+    const Floats x = (load(row + i) + load(bias + i)) * scale;
+    store(row + i, x * load(cosines + i % d) + swapped_pairs(x) * load(sines + i % d));
+  }
 }
 
 // out [rows, d] of one head (stride D): attention of `rows` queries to all tokens, a block of tokens at a time.
@@ -110,12 +116,10 @@ inline void rope_cross_attention(const Common& common, const RopeCrossAttention&
     float* cosines = attention.take<float>(d);
     float* sines = attention.take<float>(d);
     for (int64_t r = 0; r < rows; ++r) {
-      rotation((const C*)a.coords.xy + 2 * (image * a.N + begin + r), a.token_h, a.token_w, a.inv_freq, d, cosines, sines);
+      const C* xy = (const C*)a.coords.xy + 2 * (image * a.N + begin + r);
+      rotation((float)(xy[0] * (C)a.token_w), (float)(xy[1] * (C)a.token_h), a.inv_freq, d, cosines, sines);
       float* row = product + r * D;
-      for (int64_t i = 0; i < D; i += LANES) {
-        const Floats q = (load(row + i) + load(a.query.bias + i)) * scale;
-        store(row + i, q * load(cosines + i % d) + swapped_pairs(q) * load(sines + i % d));
-      }
+      rotate(row, a.query.bias, scale, D, d, cosines, sines);
       encode(query, r, 0, row, D);
     }
     for (int64_t head = 0; head < a.heads; ++head) {
