@@ -217,7 +217,8 @@ def compile_module(folder: Path, parts: frozenset[str], plan: Plan) -> Path:
     import pybind11
 
     env = dict(os.environ, CUDACXX=plan.nvcc) if plan.nvcc else dict(os.environ)
-    tools = [sys.version, sys.executable, str(ROOT)]
+    variables = ("CXX", "CUDACXX", "CUDAHOSTCXX", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS")
+    tools = [sys.version, sys.executable, str(ROOT), *(f"{name}={env.get(name)}" for name in variables)]
     programs = ["cmake", (env.get("CXX") or "c++").split()[0], plan.nvcc]
     tools += [version_of(program) for program in programs if program]
     fingerprint = folder / "tools.json"

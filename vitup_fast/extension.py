@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import platform
 from functools import cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -58,7 +58,8 @@ def _find() -> ModuleType | str | None:
     from . import __version__
 
     name = f"{__package__}._C"
-    spec = importlib.util.find_spec(name)
+    # In this folder only: an editable installation would offer the module of another copy of the package.
+    spec = PathFinder.find_spec(name, [str(FOLDER)])
     if spec is None:
         others = " and ".join(
             sorted(path.name for path in FOLDER.glob("_C.*") if path.suffix in (".so", ".pyd"))
