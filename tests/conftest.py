@@ -19,6 +19,7 @@ IMPLS = ("torch", "reference")
 FAST_IMPLS = tuple(
     i.name for i in reversed(implementations()) if i.available and i.name not in ("reference", "cpu_int8")
 )
+FLOAT64_IMPLS = tuple(name for name in FAST_IMPLS if name != "cpu")
 HOST_OPERATIONS = ("bilinear_sample", "film_mlp")
 if "triton" in FAST_IMPLS:
     from triton_interpreter import mend_bfloat16
@@ -31,7 +32,7 @@ def pytest_collection_modifyitems(config, items):
 
     def is_repeated(item):
         values = getattr(item, "callspec", None) and item.callspec.params.values()
-        names = [v for v in values or () if v in OPERATIONS]
+        names = [v for v in values or () if isinstance(v, str) and v in OPERATIONS]
         return "cuda" in (values or ()) and any(n.split("_table")[0] not in HOST_OPERATIONS for n in names)
 
     repeated = [item for item in items if is_repeated(item)]
