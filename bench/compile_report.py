@@ -58,6 +58,17 @@ ARCHITECTURES = {
     100: Architecture(227 << 10, 228 << 10, 2048),
     120: Architecture(99 << 10, 100 << 10, 1536),
 }
+
+
+def blocks_that_fit(limits: Architecture, registers: int, shared: int, threads: int) -> int:
+    """Thread blocks that a multiprocessor holds at a time."""
+    return min(
+        65536 // (-(-registers // 8) * 8 * threads),
+        limits.shared_per_multiprocessor // (shared + 1024),
+        limits.threads_per_multiprocessor // threads,
+    )
+
+
 # What the report covers: every architecture in bfloat16, the commonest ones in the other dtypes as well.
 DTYPES = {"bfloat16": tuple(ARCHITECTURES), "float32": (80, 90, 120), "float16": (80, 90)}
 _TYPES = {
@@ -217,14 +228,22 @@ def digest(unit: Unit) -> str:
     return hashlib.sha256(json.dumps([unit.signature, seen], sort_keys=True).encode()).hexdigest()[:16]
 
 
+def disassembled(path: Path) -> dict[str, list[tuple[int, str]]]:
+    """Address and text of every instruction of each function in a cubin."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+    pattern = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+([^;]*);", re.M)
+    functions = (part.split("\n", 1) for part in text.split("Function : ")[1:])
+    return {name.strip(): [(int(a, 16), t) for a, t in pattern.findall(body)] for name, body in functions}
+
+
 def instructions(cubin: bytes) -> list[tuple[int, str]]:
-    """Address and text of every instruction."""
+    """Address and text of every instruction of a cubin with one function."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    return [(int(a, 16), t) for a, t in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+([^;]*);", text, re.M)]
+        (code,) = disassembled(Path(file.name)).values()
+    return code
 
 
 def loops(code: Sequence[tuple[int, str]]) -> Iterator[tuple[int, int]]:
@@ -233,6 +252,15 @@ def loops(code: Sequence[tuple[int, str]]) -> Iterator[tuple[int, int]]:
         branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if branch and int(branch[1], 16) < address:
             yield int(branch[1], 16), address
+
+
+def local_in_loops(code: Sequence[tuple[int, str]]) -> int:
+    """Number of instructions inside loops that touch local memory."""
+    inside = list(loops(code))
+    return sum(
+        bool(re.search(r"\b(LDL|STL)\b", text)) and any(a <= address <= b for a, b in inside)
+        for address, text in code
+    )
 
 
 def ptxas_messages(ptx: str, sm: int, options: dict[str, int]) -> str:
@@ -274,22 +302,14 @@ def compile_unit(unit: Unit) -> dict[str, Any]:
     spills = [
         int(n) for n in re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", messages).groups()
     ]
-    inside = [(first, last) for first, last in loops(code)]
-    local = sum(
-        bool(re.search(r"\b(LDL|STL)\b", text)) and any(a <= address <= b for a, b in inside)
-        for address, text in code
-    )
+    local = local_in_loops(code)
     matrix: dict[str, int] = {}
     for _, text in code:
         word = re.search(r"\b(HGMMA|UTCHMMA|UTCOMMA|HMMA)\b", text)
         if word:
             matrix[_MATRIX[word[1]]] = matrix.get(_MATRIX[word[1]], 0) + 1
     shared = compiled.metadata.shared
-    blocks = min(
-        65536 // (-(-registers // 8) * 8 * threads),
-        limits.shared_per_multiprocessor // (shared + 1024),
-        limits.threads_per_multiprocessor // threads,
-    )
+    blocks = blocks_that_fit(limits, registers, shared, threads)
     faults = []
     if local:
         faults.append(f"{local} local-memory instructions inside loops")

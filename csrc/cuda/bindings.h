@@ -29,9 +29,10 @@ struct Checks {
 
   void type(const char* name, const Tensor& tensor, Type expected) const {
     const int count = sizeof TYPE_NAMES / sizeof *TYPE_NAMES;
-    if (tensor.second < 0 || tensor.second >= count) fail(std::string(name) + ": no number of a type");
-    if (type_of(tensor) != expected)
-      fail(std::string(name) + ": expected " + TYPE_NAMES[int(expected)] + ", got " + TYPE_NAMES[tensor.second]);
+    if (type_of(tensor) == expected) return;
+    const bool known = tensor.second >= 0 && tensor.second < count;
+    fail(std::string(name) + ": expected " + TYPE_NAMES[int(expected)] + ", got " +
+         (known ? TYPE_NAMES[tensor.second] : "another type"));
   }
 
   // Features: the type that the others are held against.
