@@ -638,6 +638,8 @@ def check_implementations(names: Sequence[str] | None, device: torch.device) -> 
     # Kernels are written for GPUs, and there may be one beside the CPU; the interpreter runs what is asked for.
     if device.type != "cuda" and not (names and interpreted()):
         obstacles = {name: why if name == "torch" else "runs on a GPU" for name, why in obstacles.items()}
+    if device.type == "cuda":
+        obstacles = {n: "runs on a CPU" if n.startswith("cpu") else why for n, why in obstacles.items()}
     for name in names or ():
         if name not in obstacles:
             raise expected("--impl", f"one of {sorted(obstacles)}", repr(name))

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Correctness, then speed, of every implementation on a machine with a GPU and PyTorch; nothing is installed.
+# Correctness, then speed, of every implementation on a machine with a GPU and PyTorch; nothing is installed or fetched.
 #
 #   bench/run_gpu.sh RESULTS_DIR [--device DEVICE] [STAGE ...]
 #
 # Stages, by default all of them in this order, with their shares of 9 minutes (fewer stages have more time each):
+#   extension     40  compile the CUDA kernels for this GPU with its nvcc, cmake, ninja and pybind11
 #   environment   10  machine, driver, compiler, versions, implementations
 #   compilation   70  fill Triton's cache: all of the below in parallel at small sizes, results discarded
 #   correctness   60  every operation, implementation and dtype, the network and the goldens against float64
@@ -14,6 +15,7 @@
 #   end_to_end    90  all sizes of the suite, S+ and B, against eager
 #   training      40  forward and backward of 75 000 queries
 #   profile       25  kernel times of one dense 448 pass per implementation
+#   compiled_kernels 100  the extension's kernels: bits against the host, float64, sanitizers, times beside Triton's
 #   roofline      10  picture of all the above
 # and only by name:
 #   tune         500  launch settings for this GPU, written to RESULTS_DIR/settings.json; goes on where it stopped
@@ -24,9 +26,10 @@
 # Exit code: 0 if all steps passed, 1 if one did not, 2 for a wrong argument.
 set -uo pipefail
 
-stages=(environment compilation correctness sanitizer peaks operations compiled end_to_end training profile roofline)
-declare -A share=([environment]=10 [compilation]=70 [correctness]=60 [sanitizer]=60 [peaks]=15 [operations]=55 [compiled]=90
-  [end_to_end]=90 [training]=40 [profile]=25 [roofline]=10 [tune]=500)
+stages=(extension environment compilation correctness sanitizer peaks operations compiled end_to_end training profile
+  compiled_kernels roofline)
+declare -A share=([extension]=40 [environment]=10 [compilation]=70 [correctness]=60 [sanitizer]=60 [peaks]=15
+  [operations]=55 [compiled]=90 [end_to_end]=90 [training]=40 [profile]=25 [compiled_kernels]=100 [roofline]=10 [tune]=500)
 extra=(tune)
 total_seconds=530
 device=${VITUP_BENCH_DEVICE:-cuda}
@@ -63,6 +66,7 @@ done
 ((${#chosen[@]})) || chosen=("${stages[@]}")
 shares=0
 for stage in "${chosen[@]}"; do
+  [[ $device == cpu* && " extension compilation sanitizer compiled_kernels tune " == *" $stage "* ]] && continue
   shares=$((shares + share[$stage]))
 done
 command -v "$python" >/dev/null || usage "no interpreter $python"
@@ -79,6 +83,16 @@ ln -s "$repository"/vitup_fast/* "$scratch/vitup_fast/"
 for room in kernels bench; do
   ln -sfn "$repository/$room" "$scratch/vitup_fast/$room"
 done
+# An extension for this GPU takes the place of what the checkout may have built.
+use_extension() {
+  local built
+  for built in "$results"/extension/_C.*.so; do
+    [[ -f $built ]] || continue
+    rm -f "$scratch"/vitup_fast/_C.*
+    ln -s "$built" "$scratch/vitup_fast/"
+  done
+}
+use_extension
 cd "$scratch" || exit 2
 export PYTHONPATH=$scratch${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1
@@ -120,8 +134,40 @@ bench() { # NAME SHARE MODULE ARGUMENTS...
 timed() { # the same, for what shall not be timed unless it is correct
   local known=()
   [[ -f $results/correctness.json ]] && known=(--correctness "$results/correctness.json")
-  bench "$@" "${rounds[@]}" "${known[@]}"
+  implementations
+  bench "$@" --impl "${plain[@]}" "${rounds[@]}" "${known[@]}"
 }
+
+extension() {
+  if [[ $device == cpu* ]]; then
+    echo "extension: left out, it needs a GPU"
+    return
+  fi
+  if ! PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null; then
+    echo "extension: left out, there is no nvcc"
+    return
+  fi
+  # Code for compute capability 9.0 and 10.0 may use what those GPUs alone have.
+  PATH=$PATH:/usr/local/cuda/bin step extension 40 bash -c '
+    architecture=$("$1" -c "
+import torch
+number = \"{}{}\".format(*torch.cuda.get_device_capability(\"$4\"))
+print(number + (\"a\" if number in (\"90\", \"100\") else \"\"))") || exit 1
+    cmake -S "$2" -B "$3" -G Ninja -DPython_EXECUTABLE="$1" -DVITUP_FAST_CPU=OFF -DVITUP_FAST_CUDA=ON \
+      -DCMAKE_CUDA_ARCHITECTURES="$architecture" && cmake --build "$3"
+  ' extension "$python" "$repository" "$results/extension" "$device"
+  use_extension
+}
+
+# Implementations that run here, without the extension's, whose failures shall not cost the others their results.
+implementations() {
+  ((${#plain[@]})) && return
+  read -ra plain < <("$python" -c "
+import torch
+from vitup_fast.bench.harness import check_implementations
+print(*(n for n in check_implementations(None, torch.device('$device')) if n != 'cuda'))")
+}
+plain=()
 
 environment() {
   step environment 10 bash -c '
@@ -159,30 +205,61 @@ compilation() {
 }
 
 correctness() {
-  bench correctness 60 correctness "${quick[@]}" ${some[@]+--operation "${some[@]}"} ${some[@]+--dtype "${dtypes[@]}"}
+  implementations
+  bench correctness 60 correctness --impl "${plain[@]}" "${quick[@]}" ${some[@]+--operation "${some[@]}"} ${some[@]+--dtype "${dtypes[@]}"}
 }
 
 sanitizer() {
-  local checker kernels
   if [[ $device == cpu* ]]; then
     echo "sanitizer: left out, it needs a GPU"
     return
   fi
-  checker=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
-  read -ra kernels < <("$python" -c "
-import torch
-from vitup_fast.bench.harness import check_implementations
-print(*(n for n in check_implementations(None, torch.device('$device')) if n != 'torch'))")
-  if ((${#kernels[@]} == 0)); then
-    echo "sanitizer: left out, no implementation but torch runs here"
+  implementations
+  if [[ " ${plain[*]} " != *" triton "* ]]; then
+    echo "sanitizer: left out, Triton does not run here"
     return
   fi
+  sanitized sanitizer 60 memcheck triton \
+    bilinear_sample residual_mlp rope_cross_attention film_mlp film_mlp_table norm_linear network
+}
+
+sanitized() { # NAME SHARE TOOL IMPLEMENTATION OPERATION...
+  local name=$1 limit=$2 tool=$3 implementation=$4 checker
+  shift 4
+  checker=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
   # Without PyTorch's pool every tensor has an allocation of its own, whose bounds are checked.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitizer 60 \
-    "${checker:-compute-sanitizer}" --tool memcheck --error-exitcode 9 \
-    "$python" -m vitup_fast.bench.correctness --device "$device" --quick --impl "${kernels[@]}" --dtype bfloat16 float32 \
-    --operation bilinear_sample residual_mlp rope_cross_attention film_mlp film_mlp_table norm_linear network \
-    --json "$results/sanitizer.json"
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$name" "$limit" \
+    "${checker:-compute-sanitizer}" --tool "$tool" --error-exitcode 9 \
+    "$python" -m vitup_fast.bench.correctness --device "$device" --quick --impl "$implementation" \
+    --dtype bfloat16 float32 --operation "$@" --json "$results/$name.json"
+}
+
+# Each step is a process of its own: a kernel that hangs or writes astray ends that step alone.
+compiled_kernels() {
+  local name tool operations=(bilinear_sample film_mlp film_mlp_table)
+  if [[ $device == cpu* ]]; then
+    echo "compiled_kernels: left out, it needs a GPU"
+    return
+  fi
+  if ! "$python" -c "
+import sys
+from vitup_fast import extension
+sys.exit(extension.obstacle('cuda') or 0)"; then
+    echo "compiled_kernels: left out, they are not built"
+    return
+  fi
+  if "$python" -c "import pytest" 2>/dev/null; then
+    step bits 10 "$python" -m pytest -p no:cacheprovider "$repository/tests/test_cuda_kernels.py" -k "gpu or launches"
+  fi
+  for tool in memcheck racecheck synccheck; do
+    sanitized "$tool" 10 "$tool" cuda "${operations[@]}"
+  done
+  for name in bilinear_sample film_mlp residual_mlp; do
+    [[ $name == film_mlp ]] && operations=(film_mlp film_mlp_table) || operations=("$name")
+    bench "correctness_$name" 10 correctness --impl cuda --operation "${operations[@]}"
+    bench "cuda_$name" 10 "$name" --preset "${both[@]}" --dtype "${dtypes[@]}" --queries "$queries" --no-compile \
+      --impl triton cuda "${rounds[@]}" --correctness "$results/correctness_$name.json"
+  done
 }
 
 peaks() { bench peaks 15 peaks --dtype float32 bfloat16 --repeats "$([[ $device == cpu* ]] && echo 1 || echo 9)"; }

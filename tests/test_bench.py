@@ -482,6 +482,7 @@ def test_implementations_of_a_device(monkeypatch):
     listed = [
         argparse.Namespace(name="triton", available=True, reason="for GPUs"),
         argparse.Namespace(name="cuda", available=False, reason="it is not built"),
+        argparse.Namespace(name="cpu", available=True, reason="for CPUs"),
         argparse.Namespace(name="torch", available=True, reason=""),
         argparse.Namespace(name="reference", available=True, reason=""),
     ]
@@ -492,6 +493,8 @@ def test_implementations_of_a_device(monkeypatch):
     assert check_implementations(None, CPU) == ["torch"]
     with pytest.raises(InputError, match="it is not built"):
         check_implementations(["cuda"], cuda)
+    with pytest.raises(InputError, match="runs on a CPU"):
+        check_implementations(["cpu"], cuda)
     monkeypatch.setattr(harness, "interpreted", lambda: False)
     with pytest.raises(InputError, match="runs on a GPU"):
         check_implementations(["triton"], CPU)
@@ -792,7 +795,8 @@ def test_run_gpu_does_every_stage_on_the_cpu(tmp_path):
     run = run_gpu(tmp_path, VITUP_BENCH_DEVICE="cpu")
     assert run.returncode == 0, run.stdout + run.stderr
     lines = run.stdout.splitlines()
-    assert "sanitizer: left out, it needs a GPU" in lines
+    for stage in ("extension", "sanitizer", "compiled_kernels"):
+        assert f"{stage}: left out, it needs a GPU" in lines
     assert lines[-1].startswith("all steps passed")
     steps = ("operations", "operations_backward", "compiled_tiny", "end_to_end", "training")
     for name in steps:
