@@ -6,6 +6,7 @@ instruction set at hand: on every call of an operator, once for a network (:clas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .config import LAYER_NORM_EPS
 from .extension import load
+from .ops.bilinear_sample import torch_backward as bilinear_sample_backward
+from .ops.film_mlp import MLPPasses
+from .ops.film_mlp import backward_by as film_backward_by
+from .ops.norm_linear import torch_backward as norm_linear_torch_backward
 from .ops.primitives import MLPWeights
+from .ops.rope_cross_attention import AttentionPass, AttentionWeights
+from .ops.rope_cross_attention import backward_by as attention_backward_by
 from .schedule import Source, version
 
 if TYPE_CHECKING:
@@ -28,6 +35,12 @@ class Held(NamedTuple):
 
     handle: Any
     tensors: tuple[Tensor, ...]
+
+
+def aligned(size: int) -> tuple[Tensor, int]:
+    """Memory for scratch, and the first address in it that is a multiple of a cache line."""
+    memory = torch.empty(size + 64, dtype=torch.uint8)
+    return memory, -(-memory.data_ptr() // 64) * 64
 
 
 class Context:
@@ -52,12 +65,10 @@ class Context:
             while rows > SHORTEST_TILE and threads * cpu.scratch_bytes(width, rows) + 64 > max_bytes:
                 rows -= SHORTEST_TILE
         per_thread = cpu.scratch_bytes(width, rows)
-        self.scratch = torch.empty(threads * per_thread + 64, dtype=torch.uint8)
-        name = str(dtype).removeprefix("torch.")
-        start = -(-self.scratch.data_ptr() // 64) * 64
-        self.handle = cpu.Context(name, int8, threads, rows, start, per_thread)
-        self.native = cpu.Context(name, False, threads, rows, start, per_thread)
-        self._name = name
+        self.scratch, start = aligned(threads * per_thread)
+        self.name = str(dtype).removeprefix("torch.")
+        self.handle = cpu.Context(self.name, int8, threads, rows, start, per_thread)
+        self.native = cpu.Context(self.name, False, threads, rows, start, per_thread)
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +88,7 @@ class Context:
         """Pack matrices of any strides, ``[..., N, K]`` with at most one leading axis that is no matrix of its own."""
         *_, n, k = matrices.shape
         batch = matrices.flatten(0, -3) if matrices.dim() > 2 else matrices.unsqueeze(0)
-        words = self.kernels.packed_words(self._name, int8, n, k)
+        words = self.kernels.packed_words(self.name, int8, n, k)
         packed = torch.empty(batch.shape[0], words, dtype=torch.int32)
         context = self.handle if int8 else self.native
         self.kernels.pack(context, batch.data_ptr(), batch.shape[0], n, k, *batch.stride(), packed.data_ptr())
@@ -118,6 +129,7 @@ class Context:
         return first, second, third
 
 
+LOG2_E = 1 / math.log(2)
 # Rows of the shortest tile: a block of rows of the widest instruction set.
 SHORTEST_TILE = 6
 
@@ -148,12 +160,58 @@ def norm_linear(context: Context, x: Tensor, norm: Held, matrix: Held, out: Tens
     )
 
 
-def residual_mlp(context: Context, x: Tensor, mlp: Held, out: Tensor) -> None:
+def residual_mlp(context: Context, x: Tensor, mlp: Held, out: Tensor, *, residual: bool = True) -> None:
     """``x + W2 gelu(W1 LN(x) + b1) + b2`` of contiguous ``x`` ``[..., D]``; ``out`` may be ``x``."""
     D = x.shape[-1]
     context.kernels.residual_mlp(
-        context.handle, x.data_ptr(), mlp.handle, out.data_ptr(), x.numel() // D if D else 0, D
+        context.handle, x.data_ptr(), mlp.handle, residual, out.data_ptr(), x.numel() // D, D
     )
+
+
+def mlp_backward(
+    grad: Tensor,  # [B, N, D]
+    x: Tensor,  # [B, N, D]
+    weights: MLPWeights,
+    needs_grad: Sequence[bool],
+    *,
+    residual: bool = False,
+) -> list[Tensor | None]:
+    """Gradients of ``W2 gelu(W1 LN(x) + b1) + b2``, plus ``x`` if asked for, for x and the six weights."""
+    grad, x = grad.contiguous(), x.contiguous()
+    D, E = weights.weight2.shape
+    rows = x.numel() // D
+    context = Context(x.dtype, D)
+    norm, first = context.norm(*weights[:2]), context.matrix(*weights[2:4])
+    second_transposed = context.matrix(weights.weight2.mT, weights.bias1)
+    first_transposed = context.matrix(weights.weight1.mT, weights.bias2)
+    normed, hidden = (
+        x.new_empty(rows, width) if needed else None
+        for width, needed in ((D, needs_grad[3]), (E, needs_grad[5]))
+    )
+    grad_preactivation, grad_x = x.new_empty(rows, E), torch.empty_like(x)
+    grad_norm = torch.empty(context.kernels.mlp_backward_tiles(context.handle, rows), 2, D)
+    context.kernels.mlp_backward(
+        context.handle,
+        x.data_ptr(),
+        grad.data_ptr(),
+        *(held.handle for held in (norm, first, second_transposed, first_transposed)),
+        residual,
+        *(0 if t is None else t.data_ptr() for t in (normed, hidden, grad_preactivation, grad_x, grad_norm)),
+        rows,
+        D,
+    )
+    flat = grad.view(rows, D)
+    grad_norm_weight, grad_norm_bias = grad_norm.sum(0).to(x.dtype)
+    grads = (
+        lambda: grad_x,
+        lambda: grad_norm_weight,
+        lambda: grad_norm_bias,
+        lambda: grad_preactivation.t() @ normed,
+        lambda: grad_preactivation.sum(0),
+        lambda: flat.t() @ hidden,
+        lambda: flat.sum(0),
+    )
+    return [g() if needed else None for g, needed in zip(grads, needs_grad, strict=True)]
 
 
 class Attention(NamedTuple):
@@ -162,6 +220,14 @@ class Attention(NamedTuple):
     norm: Held
     query: Held
     out: Held
+
+
+class KeptAttention(NamedTuple):
+    """What the backward pass of the attention wants of its forward pass."""
+
+    attended: Tensor  # [B, N, D]
+    rotated_query: Tensor  # [B, N, D], times log2(e) / sqrt(d)
+    log2_sum: Tensor  # [B, Hh, N] float32
 
 
 def rope_cross_attention(
@@ -174,9 +240,10 @@ def rope_cross_attention(
     inv_freq: Tensor,  # [d / 4]
     heads: int,
     token_grid: tuple[int, int],
-    out: Tensor,  # [B, N, D]
+    out: Tensor | None,  # [B, N, D]
+    kept: KeptAttention | None = None,
 ) -> None:
-    """Attend from contiguous queries to all tokens; ``out`` may be ``x``."""
+    """Attend from contiguous queries to all tokens; ``out`` may be ``x``, or is not written if ``kept`` is."""
     norm, query, projection = (held.handle for held in weights)
     context.kernels.rope_cross_attention(
         context.handle,
@@ -188,7 +255,7 @@ def rope_cross_attention(
         query,
         projection,
         inv_freq.data_ptr(),
-        out.data_ptr(),
+        *(0 if t is None else t.data_ptr() for t in (out, *(kept or (None,) * 3))),
         *x.shape,
         heads,
         *token_grid,
@@ -309,6 +376,75 @@ def forward_film_mlp(
         table, row, token = context.vector(table), row.contiguous(), token.contiguous()
         film_mlp_from_table(context, x, tokens, table, row, token, Film(None, mlp, out_norm), out)
     return out
+
+
+def _attention_pass(
+    x: Tensor,
+    coords: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: AttentionWeights,
+    inv_freq: Tensor,
+    token_grid: tuple[int, int],
+) -> AttentionPass:
+    """Recompute the attention for its backward pass."""
+    x, coords, inv_freq = x.contiguous(), coords.contiguous(), inv_freq.float().contiguous()
+    key, value = key.contiguous(), value.contiguous()
+    (B, N, D), (_, heads, T, d) = x.shape, key.shape
+    context = Context(x.dtype, D)
+    packed_key, packed_value = _packed_image(context, key, value)
+    folded = context.attention(*weights)
+    kept = KeptAttention(torch.empty_like(x), torch.empty_like(x), torch.empty(B, heads, N))
+    addresses = packed_key.data_ptr(), packed_value.data_ptr()
+    rope_cross_attention(context, x, coords, *addresses, folded, inv_freq, heads, token_grid, None, kept)
+
+    def backward(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        cpu, threads = context.kernels, torch.get_num_threads()
+        per_thread = cpu.attention_backward_scratch_bytes(T, d)
+        scratch, start = aligned(threads * per_thread)
+        handle = cpu.Context(context.name, False, threads, SHORTEST_TILE, start, per_thread)
+        # More groups of queries where images and heads are fewer than threads; each has gradients of its own.
+        panels = -(-N // cpu.attention_backward_panel())
+        groups = max(1, min(panels, -(-threads // max(1, B * heads))))
+        grad = grad.contiguous()
+        grad_query = torch.empty(B, N, heads, d)
+        grad_key, grad_value = torch.empty(2, groups, B, heads, T, d)
+        given = (grad, kept.rotated_query, key, value, kept.log2_sum, kept.attended)
+        tensors = (*given, grad_query, grad_key, grad_value)
+        cpu.attention_backward(handle, *(t.data_ptr() for t in tensors), groups, B, N, D, heads, T)
+        return grad_query, grad_key.sum(0), grad_value.sum(0)
+
+    query = kept.rotated_query.float().unflatten(-1, (heads, d)) * (math.sqrt(d) / LOG2_E)
+    return AttentionPass(query, kept.attended, backward)
+
+
+# Bound by memory and by products that oneDNN does as well.
+backward_bilinear_sample = bilinear_sample_backward
+backward_norm_linear = norm_linear_torch_backward
+
+
+def backward_residual_mlp(grad: Tensor, x: Tensor, *weights_and_needs: Any) -> list[Tensor]:
+    """Backward of the operator."""
+    *weights, needs_grad = weights_and_needs
+    grads = mlp_backward(grad, x, MLPWeights(*weights), needs_grad, residual=True)
+    return [g for g in grads if g is not None]
+
+
+def backward_film_mlp(*arguments: Any) -> list[Tensor]:
+    """Backward of the operator."""
+
+    def forward(x: Tensor, weights: MLPWeights) -> Tensor:
+        context = Context(x.dtype, x.shape[-1])
+        out = torch.empty_like(x)
+        residual_mlp(context, x.contiguous(), context.mlp(weights), out, residual=False)
+        return out
+
+    return film_backward_by(MLPPasses(forward, mlp_backward), *arguments)
+
+
+def backward_rope_cross_attention(*arguments: Any) -> list[Tensor]:
+    """Backward of the operator."""
+    return attention_backward_by(_attention_pass, *arguments)
 
 
 class Block(NamedTuple):

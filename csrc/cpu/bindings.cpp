@@ -127,19 +127,51 @@ void bind_cpu(py::module_ m) {
       release);
   m.def(
       "residual_mlp",
-      [](const Context& c, Address x, const Mlp& mlp, Address out, int64_t M, int64_t D) {
-        kernels().residual_mlp(c.common(), {pointer<const void>(x), mlp, pointer<void>(out), M, D});
+      [](const Context& c, Address x, const Mlp& mlp, bool residual, Address out, int64_t M, int64_t D) {
+        kernels().residual_mlp(c.common(), {pointer<const void>(x), mlp, residual, pointer<void>(out), M, D});
+      },
+      release);
+  m.def("mlp_backward_tiles",
+        [](const Context& c, int64_t rows) { return kernels().mlp_backward_tiles(c.common(), rows); });
+  m.def(
+      "mlp_backward",
+      [](const Context& c, Address x, Address grad, const Norm& norm, const Matrix& first,
+         const Matrix& second_transposed, const Matrix& first_transposed, bool residual, Address normed, Address hidden,
+         Address grad_preactivation, Address grad_x, Address grad_norm, int64_t M, int64_t D) {
+        kernels().mlp_backward(
+            c.common(), {pointer<const void>(x), pointer<const void>(grad), norm, first, second_transposed,
+                         first_transposed, residual, pointer<void>(normed), pointer<void>(hidden),
+                         pointer<void>(grad_preactivation), pointer<void>(grad_x), pointer<float>(grad_norm), M, D});
       },
       release);
   m.def(
       "rope_cross_attention",
       [](const Context& c, Address x, Address coords, bool float64, Address key, Address value, const Norm& norm,
-         const Matrix& query, const Matrix& out_projection, Address inv_freq, Address out, int64_t B, int64_t N,
-         int64_t D, int64_t heads, int64_t token_h, int64_t token_w) {
+         const Matrix& query, const Matrix& out_projection, Address inv_freq, Address out, Address attended,
+         Address rotated_query, Address log2_sum, int64_t B, int64_t N, int64_t D, int64_t heads, int64_t token_h,
+         int64_t token_w) {
         kernels().rope_cross_attention(
-            c.common(), {pointer<const void>(x), {pointer<const void>(coords), float64}, pointer<const int32_t>(key),
-                         pointer<const int32_t>(value), norm, query, out_projection, pointer<const float>(inv_freq),
-                         pointer<void>(out), B, N, D, heads, token_h, token_w});
+            c.common(),
+            {pointer<const void>(x), {pointer<const void>(coords), float64}, pointer<const int32_t>(key),
+             pointer<const int32_t>(value), norm, query, out_projection, pointer<const float>(inv_freq),
+             pointer<void>(out), pointer<void>(attended), pointer<void>(rotated_query), pointer<float>(log2_sum), B, N,
+             D, heads, token_h, token_w});
+      },
+      release);
+  m.def("attention_backward_scratch_bytes", [](int64_t T, int64_t head_dim) {
+    return kernels().attention_backward_scratch_bytes(T, head_dim);
+  });
+  m.def("attention_backward_panel", [] { return kernels().attention_backward_panel(); });
+  m.def(
+      "attention_backward",
+      [](const Context& c, Address grad, Address rotated_query, Address key, Address value, Address log2_sum,
+         Address attended, Address grad_query, Address grad_key, Address grad_value, int64_t G, int64_t B, int64_t N,
+         int64_t D, int64_t heads, int64_t T) {
+        kernels().attention_backward(
+            c.common(), {pointer<const void>(grad), pointer<const void>(rotated_query), pointer<const void>(key),
+                         pointer<const void>(value), pointer<const float>(log2_sum), pointer<const void>(attended),
+                         pointer<float>(grad_query), pointer<float>(grad_key), pointer<float>(grad_value), G, B, N, D,
+                         heads, T});
       },
       release);
   m.def(

@@ -34,11 +34,10 @@ inline Floats exp2(Floats x) {
   }
 }
 
-// Exact GELU: max(x, 0) - |x| Q(|x|), where Q is the normal distribution's upper tail and log2 Q nearly a parabola.
-// Absolute error of |x| Q(|x|): 8e-9, or PRECISE = false: 5e-7.
+// Upper tail of the normal distribution at t >= 0, whose base-2 logarithm is nearly a parabola. Absolute error of t times
+// it: 1e-8, or PRECISE = false: 5e-7.
 template <bool PRECISE>
-inline Floats gelu(Floats x) {
-  const Floats t = absolute(x);
+inline Floats normal_tail(Floats t) {
   Floats log2_tail;
   if constexpr (PRECISE) {
     constexpr float c[] = {-0.99999990f,   -1.1511097f,    -0.45917223f,   -0.052603032f,   0.0072163696f,
@@ -49,8 +48,27 @@ inline Floats gelu(Floats x) {
     log2_tail = polynomial(t, c);
   }
   // Far out the polynomial would leave the range of exponents.
-  log2_tail = at_least(log2_tail, splat(-126.0f));
-  return at_least(x, Floats{}) - t * exp2<PRECISE>(log2_tail);
+  return exp2<PRECISE>(at_least(log2_tail, splat(-126.0f)));
+}
+
+// Exact GELU, x Phi(x) = max(x, 0) - |x| Phi(-|x|).
+template <bool PRECISE>
+inline Floats gelu(Floats x) {
+  const Floats t = absolute(x);
+  return at_least(x, Floats{}) - t * normal_tail<PRECISE>(t);
+}
+
+struct GeluSlope {
+  Floats value, slope;
+};
+
+// GELU and its derivative Phi(x) + x phi(x).
+template <bool PRECISE>
+inline GeluSlope gelu_and_slope(Floats x) {
+  const Floats t = absolute(x), tail = normal_tail<PRECISE>(t);
+  const Floats density = 0.398942280f * exp2<PRECISE>(at_least(x * x * -0.721347520f, splat(-126.0f)));
+  const Floats below = x < 0.0f ? tail : 1.0f - tail;
+  return {at_least(x, Floats{}) - t * tail, below + x * density};
 }
 
 struct SineCosine {

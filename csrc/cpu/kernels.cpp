@@ -2,7 +2,8 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own header leaves unused lanes undefined
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC's own header leaves unused lanes undefined
 #include <immintrin.h>
 #endif
 
@@ -34,6 +35,8 @@ inline void for_each(const Parallel& parallel, int64_t tasks, const Body& body) 
 #include "rope_cross_attention.h"
 // Needs the rotation of the attention.
 #include "project_image.h"
+// Needs packing.
+#include "attention_backward.h"
 
 // How operands are held natively for tensors of a dtype.
 template <class T>
@@ -98,7 +101,7 @@ void pack_matrices(const Pack& a) {
 // The most that any kernel takes for rows of `width` floats, however many tokens and hidden channels there are.
 int64_t scratch_bytes_of(int64_t width, int64_t rows) {
   const int64_t wide = 4 * (width + 32) * 4;  // state, operands, and two more of their size, rounded up
-  const int64_t chunk = 4 * HIDDEN_CHUNK * 2 + 4 * PANEL * 2 + 64;
+  const int64_t chunk = 4 * HIDDEN_CHUNK * 3 + 4 * PANEL * 2 + 64;
   return round_up(rows * (wide + chunk) + QUERY_BLOCK * KEY_BLOCK * 8 + 16 * (width + 256), 4096);
 }
 
@@ -138,6 +141,32 @@ void rope_cross_attention_of(const Common& common, const RopeCrossAttention& a) 
   });
 }
 
+void mlp_backward_of(const Common& common, const MlpBackward& a) {
+  for_operand(common.dtype, Precision::native, [&](auto tag, auto operand) {
+    if constexpr (decltype(operand)::type::PER_WORD <= 2)
+      mlp_backward<typename decltype(tag)::type, typename decltype(operand)::type>(common, a);
+  });
+}
+
+int64_t mlp_backward_tiles_of(const Common& common, int64_t rows) {
+  const int64_t step = balanced_rows(common, rows, 1);
+  return (rows + step - 1) / step;
+}
+
+// Gradients always come from products in the precision of the tensors.
+void attention_backward_of(const Common& common, const AttentionBackward& a) {
+  for_operand(common.dtype, Precision::native, [&](auto tag, auto operand) {
+    if constexpr (decltype(operand)::type::PER_WORD <= 2)
+      attention_backward<typename decltype(tag)::type, typename decltype(operand)::type>(common, a);
+  });
+}
+
+int64_t attention_backward_scratch_of(int64_t T, int64_t head_dim) {
+  return attention_backward_scratch<Float32>(T, head_dim);
+}
+
+int64_t panel_of() { return PANEL; }
+
 void film_mlp_of(const Common& common, const FilmMlp& a) {
   for_operand(common.dtype, common.precision, [&](auto tag, auto operand) {
     for_coordinates(a.coords, [&](auto coordinate) {
@@ -155,7 +184,9 @@ void film_mlp_of(const Common& common, const FilmMlp& a) {
 extern const Kernels VITUP_TABLE(VITUP_ISA);
 const Kernels VITUP_TABLE(VITUP_ISA) = {
     packed_words_of,  pack_matrices,  scratch_bytes_of, tile_rows,
-    bilinear_sample_of, project_image_of, norm_linear_of, residual_mlp_of, rope_cross_attention_of, film_mlp_of,
+    bilinear_sample_of, project_image_of, norm_linear_of, residual_mlp_of, mlp_backward_of, mlp_backward_tiles_of,
+    rope_cross_attention_of,
+    attention_backward_of, attention_backward_scratch_of, panel_of, film_mlp_of,
 };
 
 }  // namespace vitup_fast::cpu

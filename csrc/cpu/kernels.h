@@ -77,7 +77,24 @@ struct Mlp {
 struct ResidualMlp {
   const void* x;  // [M, D]
   Mlp mlp;
-  void* out;  // [M, D]
+  bool residual;  // whether x is added
+  void* out;      // [M, D]
+  int64_t M, D;
+};
+
+// Gradients of W2 gelu(W1 LN(x) + b1) + b2 for x, and the two operands that each weight's gradient is a product of.
+struct MlpBackward {
+  const void* x;     // [M, D]
+  const void* grad;  // [M, D]
+  Norm norm;
+  Matrix first;                                // W1 [E, D] and b1
+  Matrix second_transposed, first_transposed;  // W2^T [E, D] and W1^T [D, E], their biases not read
+  bool residual;                               // whether x was added to the output
+  void* normed;                                // [M, D], not written if null, as the next one
+  void* hidden;                                // [M, E]
+  void* grad_preactivation;                    // [M, E], of W1 LN(x) + b1
+  void* grad_x;                                // [M, D]
+  float* grad_norm;                            // [tiles, 2, D] of the norm's weight and bias, to be summed
   int64_t M, D;
 };
 
@@ -90,7 +107,26 @@ struct RopeCrossAttention {
   Matrix query, out_projection;
   const float* inv_freq;  // [d / 4]
   void* out;              // [B, N, D]
+  // For the backward pass instead of `out`, if given: what the output projection takes, the rotated queries times
+  // log2(e) / sqrt(d), and the base-2 logarithm of the sum of exponentials.
+  void* attended;       // [B, N, D]
+  void* rotated_query;  // [B, N, D]
+  float* log2_sum;      // [B, Hh, N]
   int64_t B, N, D, heads, token_h, token_w;
+};
+
+// Gradients of the attention alone, from what its forward pass keeps.
+struct AttentionBackward {
+  const void* grad;           // [B, N, D], of `attended`
+  const void* rotated_query;  // [B, N, D]
+  const void* key;            // [B, Hh, T, d]
+  const void* value;          // [B, Hh, T, d]
+  const float* log2_sum;      // [B, Hh, N]
+  const void* attended;       // [B, N, D]
+  float* grad_query;          // [B, N, D], of the rotated queries without their factor
+  float* grad_key;            // [G, B, Hh, T, d], to be summed over the G groups of queries
+  float* grad_value;          // [G, B, Hh, T, d]
+  int64_t G, B, N, D, heads, T;
 };
 
 struct FilmMlp {
@@ -131,7 +167,12 @@ struct Kernels {
   void (*project_image)(const Common& common, const ProjectImage& a);
   void (*norm_linear)(const Common& common, const NormLinear& a);
   void (*residual_mlp)(const Common& common, const ResidualMlp& a);
+  void (*mlp_backward)(const Common& common, const MlpBackward& a);
+  int64_t (*mlp_backward_tiles)(const Common& common, int64_t rows);
   void (*rope_cross_attention)(const Common& common, const RopeCrossAttention& a);
+  void (*attention_backward)(const Common& common, const AttentionBackward& a);
+  int64_t (*attention_backward_scratch_bytes)(int64_t T, int64_t head_dim);
+  int64_t (*attention_backward_panel)();  // queries worked on at once
   void (*film_mlp)(const Common& common, const FilmMlp& a);
 };
 

@@ -75,3 +75,13 @@ inline void pack_panel(const T* from, const Pack& a, int64_t index, int32_t* to)
       }
   }
 }
+
+// One panel of PANEL columns, of which the matrix may have fewer: the others are zero.
+template <class Operand, class T>
+inline void pack_padded(const T* from, const Pack& a, int32_t* to) {
+  constexpr int64_t BLOCK = 16;
+  for (int64_t first = 0; first < word_count<Operand>(a.k); first += BLOCK)
+    for (int64_t j = 0; j < PANEL; ++j)
+      for (int64_t i = first; i < smaller(first + BLOCK, word_count<Operand>(a.k)); ++i)
+        to[i * PANEL + j] = j < a.n ? packed_word<Operand>(from + j * a.n_stride, a.k_stride, a.k, i, 0.0f) : 0;
+}

@@ -42,7 +42,7 @@ inline void rotate(float* row, const float* bias, float scale, int64_t D, int64_
 // out [rows, d] of one head (stride D): attention of `rows` queries to all tokens, a block of tokens at a time.
 template <class Operand, bool PRECISE>
 inline void attend(const Rows<Operand>& query, int64_t rows, const int32_t* key, const int32_t* value, int64_t tokens,
-                   int64_t d, Scratch scratch, float* out, int64_t out_stride) {
+                   int64_t d, Scratch scratch, float* out, int64_t out_stride, float* log2_sum) {
   const int64_t block = smaller(KEY_BLOCK, round_up(tokens, PANEL)), key_words = word_count<Operand>(d);
   float* scores = scratch.take<float>(QUERY_BLOCK * block);
   const Rows<Operand> probabilities = Rows<Operand>::take(scratch, QUERY_BLOCK, block);
@@ -83,9 +83,11 @@ inline void attend(const Rows<Operand>& query, int64_t rows, const int32_t* key,
       }
       multiply(probabilities, count, value, d, tokens, 0, d, begin, n, result, out_stride, begin > 0);
     }
-    for (int64_t r = 0; r < count; ++r)
+    for (int64_t r = 0; r < count; ++r) {
       for (int64_t i = 0; i < d; i += LANES)
         store(result + r * out_stride + i, load(result + r * out_stride + i) * (1.0f / total[r]));
+      if (log2_sum) log2_sum[first + r] = highest[r] + __builtin_log2f(total[r]);
+    }
   }
 }
 
@@ -121,13 +123,20 @@ inline void rope_cross_attention(const Common& common, const RopeCrossAttention&
       float* row = product + r * D;
       rotate(row, a.query.bias, scale, D, d, cosines, sines);
       encode(query, r, 0, row, D);
+      if (a.attended)
+        for (int64_t i = 0; i < D; i += LANES)
+          store((T*)a.rotated_query + (image * a.N + begin + r) * D + i, load(row + i));
     }
     for (int64_t head = 0; head < a.heads; ++head) {
       Rows<Native> part = query;
       part.words += head * word_count<Native>(d);
       const int64_t matrix = image * a.heads + head;
       attend<Native, PRECISE>(part, rows, a.key + matrix * key_words, a.value + matrix * value_words, tokens, d, attention,
-                              product + head * d, D);
+                              product + head * d, D, a.attended ? a.log2_sum + matrix * a.N + begin : nullptr);
+    }
+    if (a.attended) {
+      for (int64_t i = 0; i < rows * D; i += LANES) store((T*)a.attended + (image * a.N + begin) * D + i, load(product + i));
+      return;
     }
     for (int64_t r = 0; r < rows; ++r) encode(normed, r, 0, product + r * D, D);
     multiply(normed, rows, a.out_projection.words, D, D, 0, D, 0, D, product, D, false);

@@ -113,8 +113,8 @@ inline void multiply(const Rows<Operand>& a, int64_t rows, const int32_t* packed
   }
 }
 
-// Normalised and scaled copy of a row of D floats; in place if `to` is `from`.
-inline void layer_norm(const float* from, const Norm& norm, int64_t D, float* to) {
+// A row of D floats less its mean; returns the inverse of its deviation. In place if `to` is `from`.
+inline float centre(const float* from, const Norm& norm, int64_t D, float* to) {
   Floats sums[4] = {};
   for (int64_t i = 0; i < D; i += LANES) sums[i / LANES % 4] += load(from + i);
   const float mean = sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / (float)D;
@@ -122,11 +122,17 @@ inline void layer_norm(const float* from, const Norm& norm, int64_t D, float* to
   for (int64_t i = 0; i < D; i += LANES) {
     const Floats centred = load(from + i) - mean;
     squares[i / LANES % 4] += centred * centred;
+    store(to + i, centred);
   }
   const float variance = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / (float)D;
-  const float rstd = 1.0f / __builtin_sqrtf(variance + norm.eps);
+  return 1.0f / __builtin_sqrtf(variance + norm.eps);
+}
+
+// LayerNorm of a row of D floats; in place if `to` is `from`.
+inline void layer_norm(const float* from, const Norm& norm, int64_t D, float* to) {
+  const float rstd = centre(from, norm, D, to);
   for (int64_t i = 0; i < D; i += LANES)
-    store(to + i, (load(from + i) - mean) * rstd * load(norm.weight + i) + load(norm.bias + i));
+    store(to + i, load(to + i) * rstd * load(norm.weight + i) + load(norm.bias + i));
 }
 
 // Loads a row of any dtype as floats.

@@ -19,7 +19,9 @@ typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 struct bfloat16 {
   uint16_t bits;
 };
-typedef _Float16 float16;
+struct float16 {
+  uint16_t bits;
+};
 
 template <class V, class T>
 inline V load_as(const T* from) {
@@ -86,6 +88,33 @@ inline float largest(Floats v) {
   return best[0];
 }
 
+// Half precision in integer arithmetic, where the CPU has no conversion; compilers differ in _Float16 there.
+[[maybe_unused]] inline Floats widened_float16(Halves x) {
+  const Words words = __builtin_convertvector(x, Words);
+  const Words magnitude = (words & 0x7fff) << 13;
+  const Words smallest = Words{} + (113u << 23);  // of the normal numbers, 2^-14
+  const Floats subnormal = (Floats)(magnitude + smallest) - (Floats)smallest;
+  const Floats normal = (Floats)(magnitude + (112u << 23));
+  const Floats infinite = (Floats)(magnitude + (224u << 23));
+  Floats v = select((Ints)(magnitude < (1u << 23)), subnormal, normal);
+  v = select((Ints)(magnitude >= (0x7c00u << 13)), infinite, v);
+  return (Floats)((Words)v | (words & 0x8000) << 16);
+}
+[[maybe_unused]] inline Halves rounded_to_float16(Floats x) {  // ties to even, NaN stays NaN
+  const Words sign = (Words)x >> 16 & 0x8000;
+  const Words magnitude = (Words)x & 0x7fffffff;
+  const Words unit = Words{} + (126u << 23);  // 0.5, whose last bit is the smallest subnormal number, 2^-24
+  const Words subnormal = (Words)((Floats)magnitude + (Floats)unit) - unit;
+  const Words normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const Words infinite = Words{} + 0x7c00;
+  const Words nan = 0x7e00 | (magnitude >> 13 & 0x3ff);
+  const auto pick = [](Words mask, Words yes, Words no) { return (yes & mask) | (no & ~mask); };
+  Words v = pick((Words)(magnitude < (113u << 23)), subnormal, normal);
+  v = pick((Words)(magnitude >= (143u << 23)), infinite, v);
+  v = pick((Words)(magnitude > (255u << 23)), nan, v);
+  return __builtin_convertvector(v | sign, Halves);
+}
+
 inline Floats load(const float* from) { return load_as<Floats>(from); }
 inline Floats load(const bfloat16* from) {
   return (Floats)(__builtin_convertvector(load_as<Halves>(from), Words) << 16);
@@ -96,9 +125,7 @@ inline Floats load(const float16* from) {
 #elif defined(__F16C__)
   return (Floats)_mm256_cvtph_ps(load_as<__m128i>(from));
 #else
-  Floats v;
-  for (int i = 0; i < LANES; ++i) v[i] = (float)from[i];
-  return v;
+  return widened_float16(load_as<Halves>(from));
 #endif
 }
 
@@ -122,7 +149,7 @@ inline void store(float16* to, Floats v) {
 #elif defined(__F16C__)
   store_as(to, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
-  for (int i = 0; i < LANES; ++i) to[i] = (float16)v[i];
+  store_as(to, rounded_to_float16(v));
 #endif
 }
 
@@ -144,7 +171,13 @@ inline void store_part(T* to, Floats v, int64_t count) {
 }
 
 inline float widened(float x) { return x; }
-inline float widened(float16 x) { return (float)x; }
+inline float widened(float16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  return widened_float16(Halves{} + x.bits)[0];
+#endif
+}
 inline float widened(bfloat16 x) {
   const uint32_t bits = (uint32_t)x.bits << 16;
   float value;

@@ -65,7 +65,8 @@ def _forward(grid: Tensor, coords: Tensor) -> Tensor:
     return torch.lerp(top, bottom, fy).to(grid.dtype).view(*coords.shape[:2], grid.shape[-1])
 
 
-def _backward(grad: Tensor, grid: Tensor, coords: Tensor, needs_grad: list[bool]) -> list[Tensor]:
+def torch_backward(grad: Tensor, grid: Tensor, coords: Tensor, needs_grad: list[bool]) -> list[Tensor]:
+    """Gradients for grid and coordinates, by PyTorch."""
     B, P, Q, D = grid.shape
     indices, fx, fy, inside = _corners(grid, coords)
     grads = []
@@ -93,9 +94,9 @@ _operator = Operator(
     differentiable=2,
     output_shape=lambda grid, coords: (*coords.shape[:2], grid.shape[-1]),
     kernels={
-        "torch": Kernels(_forward, _backward),
+        "torch": Kernels(_forward, torch_backward),
         **gpu_kernels("bilinear_sample"),
-        **cpu_kernels("bilinear_sample", _backward),
+        **cpu_kernels("bilinear_sample"),
     },
 )
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -322,15 +323,17 @@ def gpu_kernels(name: str) -> dict[str, Kernels]:
     return {"triton": kernels(), "cuda": kernels(*COMPILED)}
 
 
-def cpu_kernels(name: str, backward: Callable[..., list[Tensor]]) -> dict[str, Kernels]:
-    """The compiled CPU kernels of an operation, imported when they first run, with its backward pass."""
+def cpu_kernels(name: str) -> dict[str, Kernels]:
+    """The compiled CPU kernels of an operation, imported when they first run."""
+
+    def module() -> ModuleType:
+        return importlib.import_module("vitup_fast.cpu")
 
     def forward(int8: bool) -> Callable[..., Tensor]:
-        def run(*arguments: object) -> Tensor:
-            module = importlib.import_module("vitup_fast.cpu")
-            return getattr(module, f"forward_{name}")(int8, *arguments)
+        return lambda *arguments: getattr(module(), f"forward_{name}")(int8, *arguments)
 
-        return run
+    def backward(*arguments: object) -> list[Tensor]:
+        return getattr(module(), f"backward_{name}")(*arguments)
 
     def no_backward(*_: object) -> list[Tensor]:
         raise expected("impl", "an implementation with gradients", "'cpu_int8'", "Use 'cpu' or 'auto'.")

@@ -10,6 +10,7 @@ that a :class:`FilmTable` of them replaces the position MLP.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -150,7 +151,15 @@ def _forward(
     return x + layer_norm(local, out_norm_weight, out_norm_bias)
 
 
-def _backward(
+class MLPPasses(NamedTuple):
+    """The MLP of the modulated token, forward and backward, as :func:`mlp` and :func:`mlp_backward` do them."""
+
+    forward: Callable[[Tensor, MLPWeights], Tensor]
+    backward: Callable[[Tensor, Tensor, MLPWeights, Sequence[bool]], list[Tensor | None]]
+
+
+def backward_by(
+    passes: MLPPasses,
     grad: Tensor,
     x: Tensor,
     coords: Tensor | None,
@@ -173,6 +182,7 @@ def _backward(
     token: Tensor | None,
     needs_grad: list[bool],
 ) -> list[Tensor]:
+    """Backward of the operator around an MLP."""
     needs_x, needs_coords, needs_tokens, *needs = needs_grad
     needs_position, needs_mlp, needs_out_norm, needs_table = needs[:4], needs[4:10], needs[10:12], needs[12]
     needs_gamma_beta = needs_coords or any(needs_position) or needs_table
@@ -180,10 +190,12 @@ def _backward(
     weights = MLPWeights(norm_weight, norm_bias, weight1, bias1, weight2, bias2)
     m = _modulate(x, coords, tokens, position, table, freqs, row, token)
 
-    local = mlp(m.modulated, weights)
+    local = passes.forward(m.modulated, weights)
     grad_local, *grads_out_norm = layer_norm_backward(grad, local, out_norm_weight, (True, *needs_out_norm))
     needs_modulated = needs_tokens or needs_gamma_beta
-    grad_modulated, *grads_mlp = mlp_backward(grad_local, m.modulated, weights, (needs_modulated, *needs_mlp))
+    grad_modulated, *grads_mlp = passes.backward(
+        grad_local, m.modulated, weights, (needs_modulated, *needs_mlp)
+    )
 
     grad_coords = grad_tokens = grad_table = None
     grads_position = (None,) * 4
@@ -215,6 +227,10 @@ def _backward(
     return [g.contiguous() for g, needed in zip(grads, needs_grad, strict=True) if needed]
 
 
+def _backward(*arguments: object) -> list[Tensor]:
+    return backward_by(MLPPasses(mlp, mlp_backward), *arguments)
+
+
 def _position_code_backward(
     grad_code: Tensor,  # [B, N, 2 + 4 F]
     relative: Tensor,  # [B, N, 2]
@@ -244,7 +260,7 @@ _operator = Operator(
     kernels={
         "torch": Kernels(_forward, _backward),
         **gpu_kernels("film_mlp"),
-        **cpu_kernels("film_mlp", _backward),
+        **cpu_kernels("film_mlp"),
     },
 )
 

@@ -49,7 +49,7 @@ def norm_linear_backward(
     return [*grads_norm, *grads_linear]
 
 
-def _backward(
+def torch_backward(
     grad: Tensor,
     x: Tensor,
     norm_weight: Tensor,
@@ -58,6 +58,7 @@ def _backward(
     bias: Tensor,
     needs_grad: list[bool],
 ) -> list[Tensor]:
+    """Gradients for every argument, by PyTorch."""
     grads = norm_linear_backward(grad, x, norm_weight, norm_bias, weight, needs_grad)
     return [g.contiguous() for g in grads if g is not None]
 
@@ -68,9 +69,9 @@ _operator = Operator(
     differentiable=5,
     output_shape=lambda x, norm_weight, norm_bias, weight, bias: (*x.shape[:-1], weight.shape[0]),
     kernels={
-        "torch": Kernels(_forward, _backward),
+        "torch": Kernels(_forward, torch_backward),
         **gpu_kernels("norm_linear"),
-        **cpu_kernels("norm_linear", _backward),
+        **cpu_kernels("norm_linear"),
     },
 )
 

@@ -38,7 +38,7 @@ _operator = Operator(
     kernels={
         "torch": Kernels(_forward, _backward),
         **gpu_kernels("residual_mlp"),
-        **cpu_kernels("residual_mlp", _backward),
+        **cpu_kernels("residual_mlp"),
     },
 )
 

@@ -1,0 +1,127 @@
+// Gradients of softmax(Q K^T / sqrt(d)) V, a panel of queries at a time. Scores are held transposed, tokens by queries:
+// exponentials and their gradients are then whole vectors, and every product finds its operands in rows.
+
+constexpr int64_t TOKEN_BLOCK = 256;  // tokens whose scores are held at once; a multiple of every word
+
+template <class Operand>
+inline int64_t attention_backward_scratch(int64_t T, int64_t d) {
+  const int64_t tiles = TOKEN_BLOCK * (3 * PANEL + 2 * round_up(PANEL, 16)), panels = 5 * PANEL * round_up(d, 16);
+  const int64_t matrices = d * round_up(T, 16) + 2 * T * d;
+  return round_up(4 * (tiles + panels + matrices + 2 * PANEL) + 16 * 64, 4096);
+}
+
+// Rows of a matrix as operands: the rows themselves where they are held so, else converted.
+template <class Operand, class T>
+inline Rows<Operand> as_operands(const T* from, int64_t rows, int64_t k, Scratch& scratch) {
+  if constexpr (sizeof(T) * Operand::PER_WORD == 4) return {(int32_t*)from, k / Operand::PER_WORD, nullptr, nullptr};
+  float* converted = scratch.take<float>(rows * k);
+  widen(from, rows * k, converted);
+  return {(int32_t*)converted, k, nullptr, nullptr};
+}
+
+// Rows [count, PANEL] as a packed matrix of PANEL columns over `count` inputs.
+template <class Operand>
+inline void pack_tile(const float* rows, int64_t count, int32_t* to) {
+  for (int64_t i = 0; i < word_count<Operand>(count); ++i)
+    for (int64_t j = 0; j < PANEL; j += LANES) {
+      const float* first = rows + i * Operand::PER_WORD * PANEL + j;
+      if constexpr (Operand::PER_WORD == 1) {
+        store((float*)to + i * PANEL + j, load(first));
+      } else {
+        const Floats second = 2 * i + 1 < count ? load(first + PANEL) : Floats{};
+        const Words low = __builtin_convertvector(rounded_to_bfloat16(load(first)), Words);
+        const Words high = __builtin_convertvector(rounded_to_bfloat16(second), Words);
+        store_as(to + i * PANEL + j, low | high << 16);
+      }
+    }
+}
+
+template <class T, class Operand>
+inline void attention_backward(const Common& common, const AttentionBackward& a) {
+  constexpr bool PRECISE = sizeof(T) == 4;
+  const int64_t D = a.D, d = D / a.heads, panels = (a.N + PANEL - 1) / PANEL;
+  const float scale = 1.0f / __builtin_sqrtf((float)d), ln_2 = 0.693147181f;
+  for_each(common.parallel, a.G * a.B * a.heads, [&](int64_t task, int64_t thread) {
+    const int64_t group = task / (a.B * a.heads), image = task / a.heads % a.B, head = task % a.heads;
+    const int64_t matrix = image * a.heads + head;
+    Scratch scratch{common.scratch + thread * common.scratch_bytes};
+    const T* key = (const T*)a.key + matrix * a.T * d;
+    const Rows<Operand> keys = as_operands<Operand>(key, a.T, d, scratch);
+    const Rows<Operand> values = as_operands<Operand>((const T*)a.value + matrix * a.T * d, a.T, d, scratch);
+    const Rows<Operand> channels = Rows<Operand>::take(scratch, d, a.T);  // keys transposed
+    for (int64_t i = 0; i < word_count<Operand>(a.T); ++i)
+      for (int64_t c = 0; c < d; ++c) {
+        const int64_t first = i * Operand::PER_WORD;
+        channels.words[c * channels.stride + i] = packed_word<Operand>(key + first * d + c, d, a.T - first, 0, 0.0f);
+      }
+    float* grad_key = a.grad_key + task * a.T * d;
+    float* grad_value = a.grad_value + task * a.T * d;
+    for (int64_t i = 0; i < a.T * d; i += LANES) {
+      store(grad_key + i, Floats{});
+      store(grad_value + i, Floats{});
+    }
+
+    float* probability = scratch.take<float>(TOKEN_BLOCK * PANEL);
+    float* grad_score = scratch.take<float>(TOKEN_BLOCK * PANEL);
+    int32_t* packed_grad_score = scratch.take<int32_t>(TOKEN_BLOCK * PANEL);
+    const Rows<Operand> probability_rows = Rows<Operand>::take(scratch, TOKEN_BLOCK, PANEL);
+    const Rows<Operand> grad_score_rows = Rows<Operand>::take(scratch, TOKEN_BLOCK, PANEL);
+    int32_t* query_columns = scratch.take<int32_t>(PANEL * word_count<Operand>(d));
+    int32_t* grad_columns = scratch.take<int32_t>(PANEL * word_count<Operand>(d));
+    int32_t* query_channels = scratch.take<int32_t>(round_up(d, LANES) * PANEL);
+    int32_t* grad_channels = scratch.take<int32_t>(round_up(d, LANES) * PANEL);
+    float* grad_query = scratch.take<float>(d * PANEL);
+    float* log2_sum = scratch.take<float>(PANEL);
+    float* delta = scratch.take<float>(PANEL);
+
+    for (int64_t panel = panels * group / a.G; panel < panels * (group + 1) / a.G; ++panel) {
+      const int64_t begin = panel * PANEL, count = smaller(PANEL, a.N - begin), offset = (image * a.N + begin) * D + head * d;
+      const T* query = (const T*)a.rotated_query + offset;
+      const T* grad = (const T*)a.grad + offset;
+      const T* attended = (const T*)a.attended + offset;
+      const Pack columns{common.dtype, common.precision, {}, nullptr, 1, count, d, 0, D, 1, nullptr};
+      const Pack transposed{common.dtype, common.precision, {}, nullptr, 1, d, count, 0, 1, D, nullptr};
+      pack_padded<Operand>(query, columns, query_columns);
+      pack_padded<Operand>(grad, columns, grad_columns);
+      for (int64_t i = 0; i * PANEL < d; ++i) {
+        pack_panel<Operand>(query, transposed, i, query_channels);
+        pack_panel<Operand>(grad, transposed, i, grad_channels);
+      }
+      for (int64_t j = 0; j < PANEL; ++j) {
+        // Beyond the last query every probability is zero.
+        log2_sum[j] = j < count ? a.log2_sum[matrix * a.N + begin + j] : __builtin_inff();
+        Floats products{};
+        if (j < count)
+          for (int64_t i = 0; i < d; i += LANES) products += load(grad + j * D + i) * load(attended + j * D + i);
+        delta[j] = sum(products);
+      }
+      for (int64_t first = 0; first < a.T; first += TOKEN_BLOCK) {
+        const int64_t tokens = smaller(TOKEN_BLOCK, a.T - first);
+        multiply(keys.from_row(first), tokens, query_columns, PANEL, d, 0, PANEL, 0, d, probability, PANEL, false);
+        multiply(values.from_row(first), tokens, grad_columns, PANEL, d, 0, PANEL, 0, d, grad_score, PANEL, false);
+        for (int64_t t = 0; t < tokens; ++t) {
+          float* p = probability + t * PANEL;
+          float* g = grad_score + t * PANEL;
+          for (int64_t j = 0; j < PANEL; j += LANES) {
+            const Floats value = exp2<PRECISE>(load(p + j) - load(log2_sum + j));
+            store(p + j, value);
+            store(g + j, value * (load(g + j) - load(delta + j)));
+          }
+          encode(probability_rows, t, 0, p, PANEL);
+          encode(grad_score_rows, t, 0, g, PANEL);
+        }
+        pack_tile<Operand>(grad_score, tokens, packed_grad_score);
+        multiply(probability_rows, tokens, grad_channels, d, count, 0, d, 0, count, grad_value + first * d, d, true);
+        multiply(grad_score_rows, tokens, query_channels, d, count, 0, d, 0, count, grad_key + first * d, d, true);
+        Rows<Operand> part = channels;
+        part.words += first / Operand::PER_WORD;
+        multiply(part, d, packed_grad_score, PANEL, tokens, 0, PANEL, 0, tokens, grad_query, PANEL, first > 0);
+      }
+      float* out = a.grad_query + offset;
+      for (int64_t j = 0; j < count; ++j)
+        for (int64_t c = 0; c < d; ++c) out[j * D + c] = grad_query[c * PANEL + j] * scale;
+    }
+    // The queries came with a factor of log2(e).
+    for (int64_t i = 0; i < a.T * d; i += LANES) store(grad_key + i, load(grad_key + i) * ln_2);
+  });
+}
