@@ -1,10 +1,12 @@
 // The submodule vitup_fast._C.cuda.
 #include "bindings.h"
 
+#include <optional>
 #include <sstream>
 #include <vector>
 
 #include "device.h"
+#include "residual_mlp.h"
 
 namespace vitup::cuda {
 namespace {
@@ -46,4 +48,24 @@ void bind_cuda(pybind11::module_ m) {
     const CurrentDevice current(device);
     run(arguments, reinterpret_cast<cudaStream_t>(stream));
   });
+  m.def(
+      "residual_mlp_sm90",
+      [](const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2, const Tensor& bias2,
+          const Tensor& out, const std::optional<Tensor>& out_moments, std::int64_t rows, std::int64_t dim,
+          std::int64_t hidden, int device, std::uintptr_t stream) {
+        const Checks checks{ResidualMLPSm90::NAME};
+        checks.type("x", x, Type::bfloat16);
+        checks.type("weight1", weight1, Type::bfloat16);
+        checks.type("bias1", bias1, Type::float32);
+        checks.type("weight2", weight2, Type::bfloat16);
+        checks.type("bias2", bias2, Type::float32);
+        checks.type("out", out, Type::bfloat16);
+        if (out_moments) checks.type("out_moments", *out_moments, Type::float32);
+        const ResidualMLPSm90 arguments{address(x), address(weight1), address(bias1), address(weight2), address(bias2),
+            address(out), out_moments ? address(*out_moments) : nullptr, rows, dim, hidden};
+        const pybind11::gil_scoped_release release;
+        const CurrentDevice current(device);
+        run(arguments, reinterpret_cast<cudaStream_t>(stream));
+      },
+      "residual_mlp.h tells what the arguments are.");
 }

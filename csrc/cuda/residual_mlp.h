@@ -1,0 +1,33 @@
+// x + W2 gelu(W1 LN(x) + b1) + b2 in one kernel, for GPUs of compute capability 9.0 (H100, H200) alone.
+// Compiled and reviewed, never run on a GPU.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace vitup::cuda {
+
+// Contiguous tensors on the current device, aligned to 16 bytes. LayerNorm's affine part is folded into the first layer,
+// as vitup_fast.kernels.residual_mlp.fold_mlp does: weight1 = W1 * norm_weight, bias1 = b1 + W1 norm_bias.
+struct ResidualMLPSm90 {
+  const void* x;        // [rows, dim] bfloat16
+  const void* weight1;  // [hidden, dim] bfloat16
+  const void* bias1;    // [hidden] float32
+  const void* weight2;  // [dim, hidden] bfloat16
+  const void* bias2;    // [dim] float32
+  void* out;            // [rows, dim] bfloat16; may be x, else must not overlap it
+  void* out_moments;    // [rows, 1, 2] float32, mean and sum of squared deviations of the results' rows, or null
+  std::int64_t rows;
+  std::int64_t dim;     // 384
+  std::int64_t hidden;  // a multiple of 64
+
+  static constexpr const char* NAME = "residual_mlp_sm90_kernel";
+};
+
+// Launch it on a stream of the current device; neither allocates nor waits.
+// Throws std::invalid_argument for sizes and addresses that the kernel does not take, std::runtime_error for a GPU that it
+// does not run on and for what CUDA refuses; both name the kernel and the sizes.
+void run(const ResidualMLPSm90& arguments, cudaStream_t stream);
+
+}  // namespace vitup::cuda

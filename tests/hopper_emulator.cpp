@@ -1,0 +1,588 @@
+// Runs csrc/cuda/residual_mlp_kernel.cuh, the source that the GPU gets, on the CPU: every thread of a cluster is a fiber,
+// and hopper.cuh's functions are emulated with the liberties the hardware has. Copies land late and in any order, products
+// read their operands when they are issued, when they are waited for or between, warps drift apart. What the hardware
+// would answer with a hang or with wrong numbers is an error here: waits that never end, phases that are missed, barriers
+// that overflow, operands that are still under way or were stored without a fence, thread blocks that have gone.
+//
+// hopper_emulator IN OUT ROWS HIDDEN CLUSTERS SEED IN_PLACE FAULT
+//   IN   x [ROWS, 384], W1 [HIDDEN, 384], W2 [384, HIDDEN] as bfloat16, b1 [HIDDEN], b2 [384] as float32
+//   OUT  results [ROWS + GUARD, 384] as bfloat16, their moments [ROWS + GUARD, 2] as float32
+//   FAULT  "none", or a mistake to make, to see that it is noticed
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <fstream>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "hopper_layout.h"
+
+#define VITUP_DEVICE inline
+
+namespace vitup::hopper {
+
+constexpr std::uint32_t BASE = 1024;  // where shared memory begins in its address space
+constexpr std::uint32_t NONE = ~0u;
+
+struct Barrier {
+  std::uint64_t state;  // index of its BarrierState
+};
+
+struct TensorMap {
+  const std::uint16_t* data;
+  std::uint32_t rows, columns, copied_rows, copied_columns;
+};
+
+struct BarrierState {
+  std::int64_t arrivals, pending, bytes = 0, completed = 0;
+  std::vector<int> waiting;
+};
+
+// Where several threads wait for each other.
+struct Meeting {
+  std::uint32_t arrived = 0;
+  std::uint64_t held = 0;
+  std::vector<int> waiting;
+};
+
+enum class Word : std::uint8_t { settled, arriving, stored };  // `stored`: not fenced yet
+
+struct Block {
+  unsigned char* shared;
+  std::vector<Word> words;
+  std::vector<BarrierState> barriers;
+  int running = 0;
+  Meeting named[16];
+};
+
+struct Copy {
+  std::uint32_t block, to, row, column, barrier;
+  TensorMap map;
+};
+
+// A warp's part of a wgmma: 16 rows.
+struct Product {
+  int lanes = 0;
+  std::uint32_t columns;
+  float* sums[32];
+  const std::uint32_t* left_registers[32];
+  std::uint64_t left, right;
+};
+
+struct Warp {
+  std::uint32_t block, number;
+  std::deque<Product> products;
+  std::uint64_t executed = 0;
+  std::vector<int> waiting;  // for products that not all lanes have issued
+  std::uint32_t exchange[2][32];
+  Meeting exchanges, aligned;
+  int weight;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  std::uint32_t thread, block;
+  Warp* warp;
+  bool done = false, fenced = false;
+  int clusters_met = 0;
+  std::uint64_t issued = 0, committed = 0;
+  std::vector<std::uint32_t> stored;
+  std::vector<std::int64_t> waits;  // per barrier: phases completed that the next wait asks for; -1 before the first
+};
+
+struct Machine {
+  Block blocks[2];
+  std::vector<Warp> warps;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<int> ready;
+  std::vector<Copy> copies;
+  std::mt19937_64 random;
+  Meeting cluster;
+  std::string fault;
+  std::uint64_t waits = 0;
+  double copy_chance, eager_chance;
+  ucontext_t scheduler;
+  int current = -1;
+  std::function<void(Fiber&)> body;
+
+  Fiber& me() { return *fibers[current]; }
+  Block& my_block() { return blocks[me().block]; }
+  bool chance(double p) { return (random() >> 11) * 0x1p-53 < p; }
+};
+
+Machine* machine;
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "emulator: %s", what.c_str());
+  if (machine->current >= 0) std::fprintf(stderr, " (block %u, thread %u)", machine->me().block, machine->me().thread);
+  std::fprintf(stderr, "\n");
+  std::exit(3);
+}
+
+// ---- scheduling
+
+inline void suspend() { swapcontext(&machine->me().context, &machine->scheduler); }
+
+inline void yield() {
+  machine->ready.push_back(machine->current);
+  suspend();
+}
+
+inline void perhaps_yield() {
+  if (machine->chance(0.02)) yield();
+}
+
+inline void meet(Meeting& meeting, std::uint32_t threads) {
+  const std::uint64_t held = meeting.held;
+  if (++meeting.arrived == threads) {
+    meeting.arrived = 0, ++meeting.held;
+    for (int fiber : meeting.waiting) machine->ready.push_back(fiber);
+    meeting.waiting.clear();
+  }
+  while (meeting.held == held) {
+    meeting.waiting.push_back(machine->current);
+    suspend();
+  }
+}
+
+// ---- mbarriers
+
+inline BarrierState& state_of(Barrier& barrier) {
+  auto& barriers = machine->my_block().barriers;
+  if (barrier.state >= barriers.size()) fail("a barrier that was not initialised");
+  return barriers[barrier.state];
+}
+
+inline void settle(BarrierState& b) {
+  if (b.pending < 0) fail("more arrivals than a phase has");
+  if (b.pending != 0 || b.bytes != 0) return;
+  ++b.completed;
+  b.pending = b.arrivals;
+  for (int fiber : b.waiting) machine->ready.push_back(fiber);
+  b.waiting.clear();
+}
+
+inline void barrier_init(Barrier& barrier, std::uint32_t arrivals) {
+  if (machine->fault == "count" && arrivals == 16) arrivals = 8;
+  if (machine->fault == "warps" && arrivals == 4) arrivals = 3;
+  auto& barriers = machine->my_block().barriers;
+  barrier.state = barriers.size();
+  barriers.push_back({arrivals, arrivals, 0, 0, {}});
+}
+
+inline void fence_barrier_init() {}
+
+inline void barrier_arrive(Barrier& barrier) {
+  perhaps_yield();
+  BarrierState& b = state_of(barrier);
+  --b.pending;
+  settle(b);
+}
+
+inline void barrier_arrive_expect(Barrier& barrier, std::uint32_t bytes) {
+  perhaps_yield();
+  BarrierState& b = state_of(barrier);
+  b.bytes += machine->fault == "bytes" ? bytes / 2 : bytes;
+  --b.pending;
+  settle(b);
+}
+
+inline void barrier_arrive_at(Barrier& barrier, std::uint32_t block) {
+  perhaps_yield();
+  if (machine->blocks[block].running == 0) fail("an arrival at a thread block that has gone");
+  BarrierState& b = machine->blocks[block].barriers.at(barrier.state);
+  --b.pending;
+  settle(b);
+}
+
+inline void barrier_wait(Barrier& barrier, std::uint32_t phase) {
+  perhaps_yield();
+  if (machine->fault == "wait" && ++machine->waits % 97 == 0) return;
+  BarrierState& b = state_of(barrier);
+  auto& waits = machine->me().waits;
+  waits.resize(machine->my_block().barriers.size(), -1);
+  std::int64_t& asked = waits[barrier.state];
+  if (asked < 0) asked = phase == 0 ? 1 : 0;
+  if (((asked - 1) & 1) != phase) fail("a wait for another phase than the next");
+  while ((b.completed & 1) == phase) {
+    b.waiting.push_back(machine->current);
+    suspend();
+  }
+  if (b.completed != asked) fail("a phase was missed");
+  ++asked;
+}
+
+// ---- thread blocks, clusters, warpgroups
+
+inline void cluster_sync() {
+  if (++machine->me().clusters_met == 2 && machine->fault == "exit") return;
+  meet(machine->cluster, machine->fibers.size());
+}
+
+inline void warpgroup_sync(std::uint32_t name) { meet(machine->my_block().named[name], 128); }
+
+template <std::uint32_t REGISTERS>
+void take_registers() {}
+template <std::uint32_t REGISTERS>
+void give_registers() {}
+
+inline std::uint32_t shuffle_xor(std::uint32_t value, std::uint32_t mask) {
+  Warp& warp = *machine->me().warp;
+  const std::uint32_t lane = machine->me().thread % 32;
+  std::uint32_t (&values)[32] = warp.exchange[warp.exchanges.held % 2];
+  values[lane] = value;
+  meet(warp.exchanges, 32);
+  return values[lane ^ mask];
+}
+
+inline float float_of(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline std::uint32_t bits_of(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float shuffle_xor(float value, std::uint32_t mask) { return float_of(shuffle_xor(bits_of(value), mask)); }
+inline std::uint32_t uniform(std::uint32_t value) { return value; }
+
+// ---- memory
+
+inline std::uint32_t shared_address(const void* p) {
+  return static_cast<std::uint32_t>(static_cast<const unsigned char*>(p) - machine->my_block().shared) + BASE;
+}
+
+inline void check_settled(const Block& block, std::uint32_t address, std::uint32_t bytes, const char* who) {
+  for (std::uint32_t word = (address - BASE) / 4; word < (address - BASE + bytes) / 4; ++word) {
+    if (block.words.at(word) == Word::arriving) fail(std::string(who) + " meets a copy under way");
+    if (block.words[word] == Word::stored) fail(std::string(who) + " meets stores without a fence");
+  }
+}
+
+inline void fence_async() {
+  if (machine->fault == "fence") return;
+  Fiber& me = machine->me();
+  for (std::uint32_t word : me.stored) machine->my_block().words[word] = Word::settled;
+  me.stored.clear();
+}
+
+inline std::uint32_t load_shared(const void* p) {
+  if (machine->my_block().words[(shared_address(p) - BASE) / 4] == Word::arriving)
+    fail("a load meets a copy under way");
+  std::uint32_t value;
+  std::memcpy(&value, p, 4);
+  return value;
+}
+
+inline void load_shared(const void* p, std::uint32_t (&words)[4]) {
+  if (shared_address(p) % 16 != 0) fail("a misaligned load");
+  for (int i = 0; i < 4; ++i) words[i] = load_shared(static_cast<const unsigned char*>(p) + 4 * i);
+}
+
+inline void store_shared(void* p, std::uint32_t value) {
+  const std::uint32_t word = (shared_address(p) - BASE) / 4;
+  if (machine->my_block().words[word] != Word::settled) fail("two stores, or a store and a copy, to one place");
+  machine->my_block().words[word] = Word::stored;
+  machine->me().stored.push_back(word);
+  std::memcpy(p, &value, 4);
+}
+
+inline std::uint32_t copied_bytes(const TensorMap& map) { return map.copied_rows * map.copied_columns * 2; }
+
+inline void tma_load_multicast(
+    void* to, const TensorMap& map, std::uint32_t row, std::uint32_t column, Barrier& barrier, std::uint16_t blocks) {
+  perhaps_yield();
+  const std::uint32_t address = shared_address(to), bytes = copied_bytes(map);
+  for (std::uint32_t block = 0; block < 2; ++block) {
+    if (!(blocks >> block & 1)) continue;
+    Block& target = machine->blocks[block];
+    if (target.running == 0) fail("a copy to a thread block that has gone");
+    check_settled(target, address, bytes, "a copy");
+    std::memset(target.shared + address - BASE, 0xff, bytes);  // NaN
+    std::fill_n(target.words.begin() + (address - BASE) / 4, bytes / 4, Word::arriving);
+    machine->copies.push_back({block, address, row, column, static_cast<std::uint32_t>(barrier.state), map});
+  }
+}
+
+inline void tma_load(void* to, const TensorMap& map, std::uint32_t row, std::uint32_t column, Barrier& barrier) {
+  tma_load_multicast(to, map, row, column, barrier, static_cast<std::uint16_t>(1 << machine->me().block));
+}
+
+inline void land(const Copy& copy) {
+  Block& block = machine->blocks[copy.block];
+  const TensorMap& map = copy.map;
+  const std::uint32_t span = map.copied_columns * 2;
+  for (std::uint32_t r = 0; r < map.copied_rows; ++r)
+    for (std::uint32_t c = 0; c < map.copied_columns; ++c) {
+      const std::uint64_t row = copy.row + r, column = copy.column + c;
+      const bool inside = row < map.rows && column < map.columns;
+      const std::uint16_t value = inside ? map.data[row * map.columns + column] : 0;
+      const std::uint32_t address = copy.to + r * span + c * 2;
+      const std::uint32_t swizzled = span == 128 ? swizzle<128>(address) : swizzle<64>(address);
+      std::memcpy(block.shared + swizzled - BASE, &value, 2);
+    }
+  std::fill_n(block.words.begin() + (copy.to - BASE) / 4, copied_bytes(map) / 4, Word::settled);
+  BarrierState& b = block.barriers.at(copy.barrier);
+  b.bytes -= copied_bytes(map);
+  settle(b);
+}
+
+inline Pair load_pair(const float* from) { return {{from[0], from[1]}}; }
+inline void store_pair(float* to, const Pair& pair) { to[0] = pair.of[0], to[1] = pair.of[1]; }
+inline void store_16_bytes(void* to, const std::uint32_t (&words)[4]) { std::memcpy(to, words, 16); }
+
+// ---- numbers
+
+inline std::uint32_t to_bfloat16(float value) {
+  const std::uint32_t bits = bits_of(value);
+  if (value != value) return 0x7fff;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline std::uint32_t pack_bfloat16(float low, float high) { return to_bfloat16(low) | to_bfloat16(high) << 16; }
+inline float low_bfloat16(std::uint32_t pair) { return float_of(pair << 16); }
+inline float high_bfloat16(std::uint32_t pair) { return float_of(pair & 0xffff0000u); }
+
+// As wrong as the hardware may be, now up, now down.
+inline float tanh_approx(float x) {
+  return std::tanh(x) * ((bits_of(x) * 2654435761u) >> 31 ? 1 + 0x1p-11f : 1 - 0x1p-11f);
+}
+
+inline float reciprocal_sqrt(float x) { return 1.0f / std::sqrt(x); }
+
+// ---- wgmma
+
+inline void read_operand(
+    const Block& block, std::uint64_t descriptor, std::uint32_t first, std::uint32_t rows, float (*values)[16]) {
+  const std::uint32_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+  const std::uint32_t kind = static_cast<std::uint32_t>(descriptor >> 62), span = kind == 1 ? 128 : 64;
+  if ((kind != 1 && kind != 2) || (descriptor >> 49 & 7) != 0) fail("a descriptor of another kind");
+  for (std::uint32_t row = 0; row < rows; ++row)
+    for (std::uint32_t piece = 0; piece < 2; ++piece) {
+      const std::uint32_t n = first + row, address = start + n / 8 * stride + n % 8 * span + piece * 16;
+      const std::uint32_t swizzled = span == 128 ? swizzle<128>(address) : swizzle<64>(address);
+      check_settled(block, swizzled, 16, "a product");
+      std::uint16_t bits[8];
+      std::memcpy(bits, block.shared + swizzled - BASE, 16);
+      for (int i = 0; i < 8; ++i) values[row][piece * 8 + i] = float_of(std::uint32_t{bits[i]} << 16);
+    }
+}
+
+inline void execute(Warp& warp) {
+  const Product& p = warp.products.front();
+  const Block& block = machine->blocks[warp.block];
+  static float left[16][16], right[128][16], transposed[16][128];
+  const std::uint32_t quarter = warp.number % 4;
+  if (p.left_registers[0] == nullptr) {
+    read_operand(block, p.left, quarter * 16, 16, left);
+  } else {
+    for (std::uint32_t lane = 0; lane < 32; ++lane)
+      for (std::uint32_t i = 0; i < 4; ++i) {
+        float* to = &left[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8];
+        to[0] = low_bfloat16(p.left_registers[lane][i]), to[1] = high_bfloat16(p.left_registers[lane][i]);
+      }
+  }
+  read_operand(block, p.right, 0, p.columns, right);
+  for (std::uint32_t n = 0; n < p.columns; ++n)
+    for (int k = 0; k < 16; ++k) transposed[k][n] = right[n][k];
+  for (std::uint32_t row = 0; row < 16; ++row) {
+    double sums[128];
+    const auto place = [&](std::uint32_t n) -> float& {
+      return p.sums[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2];
+    };
+    for (std::uint32_t n = 0; n < p.columns; ++n) sums[n] = place(n);
+    for (int k = 0; k < 16; ++k)
+      for (std::uint32_t n = 0; n < p.columns; ++n) sums[n] += double{left[row][k]} * transposed[k][n];
+    for (std::uint32_t n = 0; n < p.columns; ++n) {
+      float sum = static_cast<float>(sums[n]);  // the hardware cuts off
+      if (std::fabs(double{sum}) > std::fabs(sums[n])) sum = std::nextafter(sum, 0.0f);
+      place(n) = sum;
+    }
+  }
+  warp.products.pop_front();
+  ++warp.executed;
+}
+
+inline void issue(
+    std::uint32_t columns, float* sums, const std::uint32_t* left_registers, std::uint64_t left, std::uint64_t right) {
+  Fiber& me = machine->me();
+  Warp& warp = *me.warp;
+  if (!me.fenced) fail("a product without wgmma_fence");
+  const std::uint64_t index = me.issued++ - warp.executed;
+  if (index == warp.products.size()) warp.products.push_back({0, columns, {}, {}, left, right});
+  Product& p = warp.products.at(index);
+  if (p.columns != columns || p.left != left || p.right != right) fail("lanes disagree about a product");
+  p.sums[me.thread % 32] = sums;
+  p.left_registers[me.thread % 32] = left_registers;
+  if (++p.lanes < 32) return;
+  for (int fiber : warp.waiting) machine->ready.push_back(fiber);
+  warp.waiting.clear();
+  if (machine->chance(machine->eager_chance))
+    while (!warp.products.empty() && warp.products.front().lanes == 32) execute(warp);
+}
+
+// These are instructions of whole warps: lanes that drifted apart meet.
+inline void wgmma_fence() {
+  meet(machine->me().warp->aligned, 32);
+  machine->me().fenced = true;
+}
+inline void wgmma_commit() { machine->me().committed = machine->me().issued; }
+inline void wgmma_wait() {
+  Fiber& me = machine->me();
+  if (me.committed != me.issued) fail("a wait for products that were not committed");
+  perhaps_yield();
+  while (me.warp->executed < me.committed) {
+    if (me.warp->products.front().lanes == 32) {
+      execute(*me.warp);
+    } else {
+      me.warp->waiting.push_back(machine->current);
+      suspend();
+    }
+  }
+  me.fenced = false;
+  meet(me.warp->aligned, 32);
+}
+
+template <class Type, int COUNT>
+void keep_in_place(Type (&)[COUNT]) {}
+
+inline void wgmma_64x32(float (&c)[16], std::uint64_t a, std::uint64_t b) { issue(32, c, nullptr, a, b); }
+inline void wgmma_64x128(float (&c)[64], const std::uint32_t (&a)[4], std::uint64_t b) { issue(128, c, a, 0, b); }
+
+}  // namespace vitup::hopper
+
+#include "residual_mlp_kernel.cuh"
+
+namespace {
+
+using namespace vitup::hopper;
+namespace mlp = vitup::residual_mlp;
+
+void enter() {
+  Machine& m = *machine;
+  m.body(m.me());
+  Fiber& me = m.me();
+  me.done = true;
+  --m.my_block().running;
+  suspend();
+}
+
+void run_cluster(const mlp::Arguments& arguments, std::uint32_t cluster, std::uint32_t clusters, std::uint64_t seed,
+    const std::string& fault) {
+  constexpr std::size_t STACK = 64 << 10;
+  auto m = std::make_unique<Machine>();
+  machine = m.get();
+  m->random.seed(seed * 1000 + cluster);
+  m->fault = fault;
+  m->copy_chance = std::vector{0.5, 0.05, 0.002}[m->random() % 3];
+  m->eager_chance = std::vector{0.0, 0.3, 1.0}[m->random() % 3];
+  for (Block& block : m->blocks) {
+    block.shared = static_cast<unsigned char*>(std::aligned_alloc(1024, sizeof(mlp::Shared)));
+    std::memset(block.shared, 0xff, sizeof(mlp::Shared));
+    block.words.assign(sizeof(mlp::Shared) / 4, Word::settled);
+  }
+  m->warps.resize(2 * mlp::THREADS / 32);
+  const std::uint32_t favoured = m->random() % 3;  // or none
+  for (std::size_t i = 0; i < m->warps.size(); ++i) {
+    m->warps[i].block = i / (mlp::THREADS / 32), m->warps[i].number = i % (mlp::THREADS / 32);
+    m->warps[i].weight = m->random() % 100 + (m->warps[i].block == favoured ? 100 : 0);
+  }
+  m->body = [&](Fiber& me) {
+    auto& shared = *reinterpret_cast<mlp::Shared*>(m->blocks[me.block].shared);
+    mlp::run_thread(arguments, shared, {me.thread, me.block, cluster, clusters});
+  };
+  for (std::uint32_t i = 0; i < 2 * mlp::THREADS; ++i) {
+    m->fibers.push_back(std::make_unique<Fiber>());
+    Fiber& fiber = *m->fibers.back();
+    fiber.thread = i % mlp::THREADS, fiber.block = i / mlp::THREADS, fiber.warp = &m->warps[i / 32];
+    fiber.stack.reset(new char[STACK]);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = STACK;
+    makecontext(&fiber.context, enter, 0);
+    m->ready.push_back(i);
+    ++m->blocks[fiber.block].running;
+  }
+  while (!m->ready.empty() || !m->copies.empty()) {
+    if (m->ready.empty() || (!m->copies.empty() && m->chance(m->copy_chance))) {
+      const std::size_t chosen = m->random() % m->copies.size();
+      const Copy copy = m->copies[chosen];
+      m->copies[chosen] = m->copies.back();
+      m->copies.pop_back();
+      m->current = -1;
+      land(copy);
+      continue;
+    }
+    // Warps of less weight lag behind.
+    std::size_t chosen = m->random() % m->ready.size();
+    const auto weight = [&](std::size_t i) { return m->fibers[m->ready[i]]->warp->weight; };
+    for (int i = 0; i < 4; ++i) {
+      const std::size_t other = m->random() % m->ready.size();
+      if (weight(other) > weight(chosen)) chosen = other;
+    }
+    m->current = m->ready[chosen];
+    m->ready[chosen] = m->ready.back();
+    m->ready.pop_back();
+    swapcontext(&m->scheduler, &m->me().context);
+  }
+  for (const auto& fiber : m->fibers)
+    if (!fiber->done) {
+      m->current = fiber->thread + fiber->block * mlp::THREADS;
+      fail("deadlock");
+    }
+  for (Block& block : m->blocks) std::free(block.shared);
+}
+
+template <class Type>
+std::vector<Type> read(std::ifstream& file, std::size_t count) {
+  std::vector<Type> values(count);
+  if (!file.read(reinterpret_cast<char*>(values.data()), count * sizeof(Type))) {
+    std::fprintf(stderr, "the input is too short\n");
+    std::exit(2);
+  }
+  return values;
+}
+
+template <class Type>
+void write(std::ofstream& file, const std::vector<Type>& values) {
+  file.write(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(Type));
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  if (count != 9) return 2;
+  std::ifstream in(words[1], std::ios::binary);
+  std::ofstream out(words[2], std::ios::binary);
+  const std::uint32_t rows = std::atoi(words[3]), hidden = std::atoi(words[4]), clusters = std::atoi(words[5]);
+  constexpr std::uint32_t DIM = mlp::DIM, GUARD = 300;
+  auto x = read<std::uint16_t>(in, std::size_t{rows} * DIM);
+  const auto weight1 = read<std::uint16_t>(in, hidden * DIM), weight2 = read<std::uint16_t>(in, hidden * DIM);
+  const auto bias1 = read<float>(in, hidden), bias2 = read<float>(in, DIM);
+  std::vector<std::uint16_t> results((rows + GUARD) * DIM, 0xffff);
+  std::vector<float> moments((rows + GUARD) * 2, NAN);
+  const bool in_place = std::string(words[7]) == "1";
+  if (in_place) std::copy(x.begin(), x.end(), results.begin());
+  const mlp::Arguments arguments{{in_place ? results.data() : x.data(), rows, DIM, mlp::ROWS, mlp::WIDE},
+      {weight1.data(), hidden, DIM, mlp::CHUNK, mlp::WIDE},
+      {weight2.data(), DIM, hidden, DIM / mlp::CLUSTER, mlp::CHUNK}, bias1.data(), bias2.data(), results.data(),
+      moments.data(), rows, hidden};
+  for (std::uint32_t cluster = 0; cluster < clusters; ++cluster)
+    run_cluster(arguments, cluster, clusters, std::strtoull(words[6], nullptr, 10), words[8]);
+  write(out, results);
+  write(out, moments);
+  return 0;
+}

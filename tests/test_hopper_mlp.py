@@ -1,0 +1,160 @@
+"""The Hopper kernel of the residual MLP without a GPU: its source in an emulator, and what the compiler makes of it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import FAST_IMPLS
+
+if "triton" not in FAST_IMPLS:
+    pytest.skip("Triton, whose module folds the weights, cannot be used here", allow_module_level=True)
+
+from vitup_fast.kernels import compiled
+from vitup_fast.kernels.residual_mlp import fold_mlp
+
+from vitup_fast import extension
+from vitup_fast.ops import residual_mlp
+from vitup_fast.testing import Sizes, assert_within_budget, cast, residual_mlp_inputs
+
+SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+D, GUARD = 384, 300
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path_factory.mktemp("emulator") / "hopper_emulator"
+    source = Path(__file__).with_name("hopper_emulator.cpp")
+    flags = ("-std=c++17", "-O2", "-Wall", "-Wno-sign-compare", "-Wno-unknown-pragmas", "-Werror")
+    subprocess.run([compiler, *flags, f"-I{SOURCES}", source, "-o", program], check=True)
+    return program
+
+
+def raw(*tensors):
+    """The bytes of tensors one after the other."""
+    return b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
+
+
+def emulate(emulator, folder, x, weights, *, clusters=1, seed=0, in_place=False, fault="none"):
+    """Results and moments of the kernel for rows ``[N, D]``, and what it did to memory beyond them."""
+    layers = fold_mlp(*weights)
+    rows, hidden = x.shape[0], layers.first.weight.shape[0]
+    source, target = folder / "in", folder / "out"
+    source.write_bytes(
+        raw(x, layers.first.weight, layers.second.weight, layers.first.bias, layers.second.bias)
+    )
+    words = (source, target, rows, hidden, clusters, seed, int(in_place), fault)
+    done = subprocess.run([emulator, *map(str, words)], capture_output=True, text=True)
+    if done.returncode:
+        return SimpleNamespace(error=done.stderr)
+    written = torch.frombuffer(bytearray(target.read_bytes()), dtype=torch.uint8)
+    split = (rows + GUARD) * D * 2
+    results, moments = (
+        written[:split].view(torch.bfloat16).view(-1, D),
+        written[split:].view(torch.float32).view(-1, 2),
+    )
+    beyond = (results[rows:].isnan() & moments[rows:, :1].isnan()).all()
+    return SimpleNamespace(error=None, results=results[:rows], moments=moments[:rows], untouched=beyond)
+
+
+def inputs(rows, hidden, seed, mean=0.0):
+    """Rows ``[N, D]`` in bfloat16 and weights of a hidden width."""
+    generator = torch.Generator().manual_seed(seed)
+    arguments = residual_mlp_inputs(Sizes(B=1, N=rows, D=D, expansion=4), generator, dtype=torch.bfloat16)
+    weights = arguments["weights"]
+    weights = weights._replace(
+        weight1=weights.weight1[:hidden].contiguous(),
+        bias1=weights.bias1[:hidden].contiguous(),
+        weight2=(weights.weight2[:, :hidden] * (4 * D / hidden) ** 0.5).contiguous(),
+    )
+    return arguments["x"] + mean, weights
+
+
+# Rows: one, a tile's, one more, one consumer without any, a last tile that only the first thread block sees.
+@pytest.mark.parametrize(
+    ("rows", "hidden", "clusters", "mean"),
+    [(1, 64, 1, 0), (256, 32, 1, 0), (257, 96, 1, 0), (192, 160, 1, 50), (700, 128, 2, 0), (300, 1536, 1, 0)],
+)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_against_float64(emulator, tmp_path, rows, hidden, clusters, mean, in_place):
+    x, weights = inputs(rows, hidden, seed=rows, mean=mean)
+    emulated = emulate(emulator, tmp_path, x[0], weights, clusters=clusters, seed=rows, in_place=in_place)
+    assert emulated.error is None
+    assert emulated.untouched
+    arguments = {"x": x, "weights": weights}
+    exact = residual_mlp(**cast(arguments, torch.float64), impl="reference")[0]
+    eager = residual_mlp(**arguments, impl="reference")[0]
+    # One row's error is a matter of chance, and that of rows that dwarf what is added to them one of rounding alone.
+    assert_within_budget(emulated.results, eager, exact, factor=1.1 if rows == 1 or mean else 1.0)
+    deviation = exact - exact.mean(1, keepdim=True)
+    error = (emulated.moments[:, 0] - exact.mean(1)).abs() / exact.std(1)
+    assert error.max() < 1e-3
+    torch.testing.assert_close(emulated.moments[:, 1].double(), deviation.square().sum(1), rtol=1e-2, atol=0)
+
+
+def test_schedules(emulator, tmp_path):
+    """Whatever comes first, the results are the same."""
+    x, weights = inputs(300, 96, seed=1)
+    runs = [emulate(emulator, tmp_path, x[0], weights, seed=seed) for seed in range(8)]
+    assert [r.error for r in runs] == [None] * len(runs)
+    assert all(torch.equal(r.results, runs[0].results) for r in runs)
+    assert all(torch.equal(r.moments, runs[0].moments) for r in runs)
+
+
+@pytest.mark.parametrize("fault", ["count", "warps", "bytes", "wait", "fence", "exit"])
+def test_mistakes_show(emulator, tmp_path, fault):
+    x, weights = inputs(600, 128, seed=1)
+    runs = [emulate(emulator, tmp_path, x[0], weights, seed=seed, fault=fault) for seed in range(3)]
+    assert all(r.error is not None and r.error.startswith("emulator: ") for r in runs)
+
+
+@pytest.fixture(scope="module")
+def compiler_output(tmp_path_factory):
+    """What ptxas says of the kernel."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    target = tmp_path_factory.mktemp("nvcc") / "residual_mlp.o"
+    command = ["nvcc", "-arch=sm_90a", "-std=c++17", "-O3", "-Xptxas=-v", "-c", SOURCES / "residual_mlp.cu"]
+    done = subprocess.run([*command, "-o", target], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_registers(compiler_output):
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in compiler_output
+    # What 384 threads may have at the start; consumers then take what producers give.
+    assert re.search(r"Used 168 registers", compiler_output)
+
+
+def test_products_are_not_serialised(compiler_output):
+    assert not re.findall(r"C75\d\d", compiler_output)
+
+
+@pytest.mark.skipif(
+    extension.obstacle("cuda") is not None or not torch.cuda.is_available(),
+    reason="needs a GPU and the compiled CUDA kernels",
+)
+@pytest.mark.parametrize(("rows", "hidden"), [(1, 64), (255, 768), (4096, 1536), (100_003, 768)])
+def test_on_a_gpu(rows, hidden):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    x, weights = inputs(rows, hidden, seed=rows)
+    x, weights = x.cuda(), type(weights)(*(t.cuda() for t in weights))
+    layers, arguments = fold_mlp(*weights), {"x": x, "weights": weights}
+    exact = residual_mlp(**cast(arguments, torch.float64), impl="reference")[0]
+    eager = residual_mlp(**arguments, impl="reference")[0]
+    results = torch.full((rows + GUARD, D), torch.nan, dtype=x.dtype, device="cuda")
+    moments = torch.full((rows + GUARD, 1, 2), torch.nan, device="cuda")
+    compiled.residual_mlp(x[0], (*layers.first[:2], *layers.second[:2]), results[:rows], moments[:rows])
+    assert_within_budget(results[:rows], eager, exact, factor=1.1 if rows == 1 else 1.0)
+    assert results[rows:].isnan().all()
+    assert moments[rows:].isnan().all()
+    torch.testing.assert_close(moments[:rows, 0, 0].double(), exact.mean(1), rtol=0, atol=1e-2)
