@@ -2,8 +2,10 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC's own header leaves unused lanes undefined
+#endif
 #include <immintrin.h>
 #endif
 
