@@ -1,5 +1,5 @@
 // x + W2 gelu(W1 LN(x) + b1) + b2 in one kernel, for GPUs of compute capability 9.0 (H100, H200) alone.
-// Compiled and reviewed, never run on a GPU.
+// Compiled, reviewed and run by the tests' emulator, never run on a GPU.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,7 +20,7 @@ struct ResidualMLPSm90 {
   void* out_moments;    // [rows, 1, 2] float32, mean and sum of squared deviations of the results' rows, or null
   std::int64_t rows;
   std::int64_t dim;     // 384
-  std::int64_t hidden;  // a multiple of 64
+  std::int64_t hidden;  // a multiple of 32
 
   static constexpr const char* NAME = "residual_mlp_sm90_kernel";
 };
