@@ -36,6 +36,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # These learn their number of rows from the launch's grid.
 COUNTED_BY_GRID = ("bilinear_sample_grid_backward_kernel", "segment_sum_kernel")
+RESIDUAL_MLP = "residual_mlp_sm90"
 # Where compiled kernels were measured to be faster; `vitup_fast.bench.choose_compiled` writes it.
 FASTER = Path(__file__).parent / "configs" / "compiled.json"
 
@@ -69,6 +70,36 @@ def measured_faster(operation: str, device_name: str, dtype: torch.dtype, width:
     return width in by_dtype.get(str(dtype).removeprefix("torch."), ())
 
 
+def fits_residual_mlp(x: Tensor, hidden: int) -> bool:
+    """Whether rows ``[M, D]`` are for the compiled residual MLP: bfloat16, D = 384, compute capability 9.0, aligned.
+
+    It is written for these alone; other rows are left to Triton's kernels.
+    """
+    if "residual_mlp" not in _chosen.get() or not x.is_cuda or x.dtype != torch.bfloat16:
+        return False
+    if x.shape[1] != 384 or hidden % 64 or x.data_ptr() % 16:
+        return False
+    return (
+        torch.cuda.get_device_capability(x.device) == (9, 0)
+        and "90a" in extension.load().cuda.architectures()
+    )
+
+
+def residual_mlp(
+    x: Tensor,  # [M, D]
+    weights: tuple[Tensor, Tensor, Tensor, Tensor],  # [E, D], [E], [D, E], [D]
+    out: Tensor,  # [M, D]
+    out_moments: Tensor | None,  # [M, 1, 2]
+) -> None:
+    """``x + W2 gelu(W1 LN(x) + b1) + b2`` in one kernel, LayerNorm's scale and shift folded into W1 and b1.
+
+    Raises:
+        KernelError: CUDA refuses the launch, or the kernel its arguments; names the kernel and its sizes.
+    """
+    (M, D), E = x.shape, weights[0].shape[0]
+    _call(RESIDUAL_MLP, x, (x, *weights, out, out_moments), (M, D, E))
+
+
 @cache
 def _types(part: ModuleType) -> dict[torch.dtype, int]:
     """Numbers by which the extension knows dtypes."""
@@ -90,6 +121,14 @@ def launch_compiled(
         KernelError: CUDA refuses the launch, or the kernel its arguments; names the kernel and its sizes.
     """
     first = next(a for a in arguments if isinstance(a, Tensor))
+    operation = next(kernels for kernels in KERNELS.values() if kernel in kernels)
+    constants = [options[name] for name in operation[kernel]]
+    count = [grid[0]] if kernel in COUNTED_BY_GRID else []
+    _call(kernel, first, arguments, (*constants, *count))
+
+
+def _call(name: str, first: Tensor, arguments: tuple[object, ...], sizes: tuple[object, ...]) -> None:
+    """Call a function of the extension with tensors as addresses, on the device of ``first`` and its stream."""
     device, stream, part = 0, 0, "host"
     if first.is_cuda:
         device, part = first.device.index, "cuda"
@@ -97,11 +136,8 @@ def launch_compiled(
     library = getattr(extension.load(), part)
     types = _types(library)
     plain = [(a.data_ptr(), types.get(a.dtype, -1)) if isinstance(a, Tensor) else a for a in arguments]
-    operation = next(kernels for kernels in KERNELS.values() if kernel in kernels)
-    constants = [options[name] for name in operation[kernel]]
-    count = [grid[0]] if kernel in COUNTED_BY_GRID else []
     try:
-        getattr(library, kernel)(*plain, *constants, *count, device, stream)
+        getattr(library, name)(*plain, *sizes, device, stream)
     except (RuntimeError, ValueError) as error:
         raise KernelError(
             f"{error} (compiled kernel on {first.device}; impl='triton' runs without it)"

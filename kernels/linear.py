@@ -358,7 +358,7 @@ def weight_gradient_kernel(
     tl.store(p_out + o_out, total, mask=m_p[:, None] & m_q[None, :])
 
 
-def _empty(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor) -> Tensor:
+def in_buffer(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor) -> Tensor:
     """The first elements of a buffer in a given shape, or new memory if there is none."""
     if out is None:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -425,10 +425,10 @@ def linear(
     out_dtype = x.dtype if out_dtype is None else out_dtype
     norm_apart = out_norm is not None and not complete
     acc = wide(x.dtype)
-    y = _empty(scratch, (M, N), x.dtype, x) if norm_apart else _empty(out, (M, N), out_dtype, x)
+    y = in_buffer(scratch, (M, N), x.dtype, x) if norm_apart else in_buffer(out, (M, N), out_dtype, x)
     new_moments = None
     if want_moments:
-        new_moments = _empty(out_moments, (M, 1 if norm_apart else columns, 2), acc, x)
+        new_moments = in_buffer(out_moments, (M, 1 if norm_apart else columns, 2), acc, x)
     norm_weight, norm_bias = (layer.bias, layer.bias) if out_norm is None else out_norm
     # In the epilogue wide tiles of the residual would not fit the registers; but it must not cost float32 digits.
     only_adds = residual is not None and moments is None and not gelu and out_norm is None
@@ -462,7 +462,7 @@ def linear(
     )
     if not norm_apart:
         return y, new_moments
-    result = _empty(out, (M, N), out_dtype, x)
+    result = in_buffer(out, (M, N), out_dtype, x)
     rows = row_blocks(x, N)
     launch(
         add_layer_norm_kernel,

@@ -23,6 +23,7 @@ from vitup_fast.kernels import common, compiled
 from vitup_fast.kernels.bilinear_sample import backward, sample, sample_moments
 from vitup_fast.kernels.compiled import compiled_kernels, launch_compiled
 from vitup_fast.kernels.film_mlp import FilmSource, modulate
+from vitup_fast.kernels.residual_mlp import fold_mlp, residual_mlp
 
 from vitup_fast import extension
 from vitup_fast.errors import InputError, KernelError
@@ -421,6 +422,53 @@ def test_network_runs_with_compiled_kernels(monkeypatch):
         launched.clear()
         network(cache, coords, impl="triton")
     assert launched == []
+
+
+@pytest.mark.parametrize("want_moments", [False, True])
+def test_residual_mlp_in_one_kernel(generator, monkeypatch, want_moments):
+    """What the kernel for compute capability 9.0 is given, which no CPU runs: rows, folded weights and buffers."""
+    calls = []
+
+    class Host:
+        types = extension.load().host.types
+        residual_mlp_sm90 = staticmethod(lambda *args: calls.append(args))
+
+    monkeypatch.setattr(extension, "load", lambda: SimpleNamespace(host=Host))
+    monkeypatch.setattr(compiled, "fits_residual_mlp", lambda x, hidden: True)
+    arguments = OPERATIONS["residual_mlp"].inputs(Sizes(B=1, N=5, D=384), generator, dtype=torch.bfloat16)
+    layers = fold_mlp(*arguments["weights"])
+    x, state, memory = arguments["x"][0], torch.empty(9, 384, dtype=torch.bfloat16), torch.empty(99)
+    result, moments = residual_mlp(x, None, layers, out=state, out_moments=memory, want_moments=want_moments)
+    bf16, f32 = (Host.types.index(name) for name in ("bfloat16", "float32"))
+    tensors = ((x, bf16), (layers.first.weight, bf16), (layers.first.bias, f32), (layers.second.weight, bf16))
+    given = [(t.data_ptr(), kind) for t, kind in (*tensors, (layers.second.bias, f32), (state, bf16))]
+    last = (memory.data_ptr(), f32) if want_moments else None
+    assert calls == [(*given, last, 5, 384, 768, 0, 0)]
+    assert result.shape == (5, 384)
+    assert result.data_ptr() == state.data_ptr()
+    assert (
+        (moments.shape, moments.data_ptr()) == ((5, 1, 2), memory.data_ptr())
+        if want_moments
+        else moments is None
+    )
+
+
+def test_where_residual_mlp_runs_in_one_kernel(fake_gpu):
+    def fits(operations=dispatch.COMPILED, hidden=1536, **changes):
+        facts = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (8, 384), "device": None}
+        facts |= {"data_ptr": lambda: 256, **changes}
+        with compiled_kernels(operations):
+            return compiled.fits_residual_mlp(SimpleNamespace(**facts), hidden)
+
+    assert fits()
+    assert not fits(operations=("film_mlp",))
+    assert not fits(is_cuda=False)
+    assert not fits(dtype=torch.float16)
+    assert not fits(shape=(8, 768))
+    assert not fits(hidden=96)
+    assert not fits(data_ptr=lambda: 258)
+    fake_gpu.architectures = lambda: ["80", "100a"]
+    assert not fits()
 
 
 # Whether code for an architecture runs on GPUs of compute capability 8.6, 9.0, 10.0, 10.3, 12.1.
