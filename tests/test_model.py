@@ -9,7 +9,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from conftest import FAST_IMPLS, IMPLS
+from conftest import FAST_IMPLS, FLOAT64_IMPLS, IMPLS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
@@ -27,6 +27,7 @@ from vitup_fast.testing import (
 GOLDEN = Path(__file__).parent / "data" / "vitup_tiny.safetensors"
 GOLDEN_CONFIG = ViTUpConfig(dim=64, num_heads=2, layer_indices=(0, 1, 2, 3))
 SAME_TOKEN_FROM = 11  # earlier queries lie on cell borders, where float32 may round to the other token
+CPU_IMPLS = [name for name in FAST_IMPLS if name in ("torch", "cpu")]
 property_test = settings(max_examples=25, deadline=None)
 
 
@@ -69,7 +70,8 @@ def golden_image(golden, dtype):
 
 
 @pytest.mark.parametrize(
-    ("impl", "chunk"), [*itertools.product(IMPLS, (1, 10, 37, 100)), *((impl, 20) for impl in FAST_IMPLS)]
+    ("impl", "chunk"),
+    [*itertools.product(IMPLS, (1, 10, 37, 100)), *((impl, 20) for impl in FLOAT64_IMPLS)],
 )
 def test_golden_outputs(golden, impl, chunk):
     network = golden_network(golden, torch.float64)
@@ -83,7 +85,7 @@ def test_golden_outputs(golden, impl, chunk):
 
 
 @pytest.mark.parametrize(
-    ("impl", "chunk"), [*itertools.product(IMPLS, (10, 37)), *((impl, 20) for impl in FAST_IMPLS)]
+    ("impl", "chunk"), [*itertools.product(IMPLS, (10, 37)), *((impl, 20) for impl in FLOAT64_IMPLS)]
 )
 def test_golden_gradients(golden, impl, chunk):
     network = golden_network(golden, torch.float64)
@@ -111,19 +113,20 @@ def test_golden_gradients(golden, impl, chunk):
             assert relative(grad, exact) < 1e-7, name
 
 
+@pytest.mark.parametrize("impl", CPU_IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_golden_in_low_precision(golden, dtype):
+def test_golden_in_low_precision(golden, dtype, impl):
     """The budget holds against the golden outputs: rounding of weights and inputs counts for both alike."""
     network = golden_network(golden, dtype)
     with torch.no_grad():
         actual, eager = (
             network(
-                network.prepare(*golden_image(golden, dtype), impl=impl),
+                network.prepare(*golden_image(golden, dtype), impl=name),
                 golden["coords"],
                 return_all_layers=True,
-                impl=impl,
+                impl=name,
             )
-            for impl in ("torch", "reference")
+            for name in (impl, "reference")
         )
     for i in range(4):
         layers = (layer[i][:, SAME_TOKEN_FROM:] for layer in (actual, eager))
@@ -135,12 +138,13 @@ def test_golden_in_low_precision(golden, dtype):
 # Real sizes
 
 
+@pytest.mark.parametrize("impl", CPU_IMPLS)
 @pytest.mark.parametrize(
     ("dim", "dtype", "cosine"),
     [(384, torch.float32, 0.9999999), (384, torch.bfloat16, 0.9999), (768, torch.bfloat16, 0.9999)],
     ids=str,
 )
-def test_real_sizes(dim, dtype, cosine):
+def test_real_sizes(dim, dtype, cosine, impl):
     config = ViTUpConfig(dim=dim, num_heads=dim // 64, layer_indices=(0, 2, 4, 6, 8, 10, 12))
     generator = torch.Generator().manual_seed(dim)
     network = random_network(config, generator, dtype=dtype)
@@ -149,7 +153,7 @@ def test_real_sizes(dim, dtype, cosine):
     with torch.no_grad():
         eager = network(network.prepare(*image, impl="reference"), coords, impl="reference")
         with poisoned_allocations():
-            actual = network(network.prepare(*image), coords)
+            actual = network(network.prepare(*image, impl=impl), coords, impl=impl)
         network = network.double()
         exact = network(network.prepare(*to(image, torch.float64)), coords)
     # In float32 oneDNN sums products in one chain, plain PyTorch in blocks: within the limit, not at the aim.
@@ -194,7 +198,7 @@ def test_images_do_not_mix(network, cache, coords, images):
 @property_test
 @given(numerator=st.integers(1, 20))
 def test_memory_budget_does_not_change_the_result(network, cache, coords, numerator):
-    per_query = network._query_bytes(False, None)
+    per_query = network._query_bytes("torch", False, None)
     close(
         query(network, cache, coords, max_memory=per_query * numerator),
         query(network, cache, coords, query_chunk_size=10**6),
@@ -441,13 +445,13 @@ def test_frequencies_stay_float32(network, cast):
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
 def test_copies_after_inference(network, image, coords, duplicate):
     low = copy.deepcopy(network).float()
-    expected = query(low, low.prepare(*image), coords)
-    copied = duplicate(low)
     with torch.no_grad():
+        expected = low(low.prepare(*image), coords)
+        copied = duplicate(low)
         assert torch.equal(copied(copied.prepare(*image), coords), expected)
         for p in copied.parameters():
             p.zero_()
-    assert torch.equal(query(low, low.prepare(*image), coords), expected)
+        assert torch.equal(low(low.prepare(*image), coords), expected)
 
 
 def test_threads_share_a_network(network, image, coords):
@@ -520,25 +524,31 @@ def peak_memory(function):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("megabytes", "blocks"), [(4, 6), (16, 2), (64, 1)])
-def test_memory_stays_within_the_budget(dtype, megabytes, blocks):
+@pytest.mark.parametrize(("megabytes", "blocks"), [(0.25, 6), (1, 6), (4, 6), (16, 2), (64, 1)])
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+def test_memory_stays_within_the_budget(dtype, megabytes, blocks, impl):
     config = ViTUpConfig(dim=384, num_heads=6, layer_indices=tuple(range(blocks + 1)))
     generator = torch.Generator().manual_seed(0)
     network = random_network(config, generator, dtype=dtype)
-    budget = megabytes * 2**20
+    budget = int(megabytes * 2**20)
     with torch.no_grad():
         cache = network.prepare(*random_image(config, generator, patch_grid=(56, 56)))
-        network(cache, random_coords(generator, 1, 1))  # packs the weights
-    per_query = vitup_fast.model.query_bytes(384, dtype)
-    count = min(1024, budget // per_query) * 3 // 2 + 1
-    scattered = random_coords(generator, 1, count)
-    peak = peak_memory(lambda: network(cache, scattered, max_memory=budget))
-    assert (
-        (0 if megabytes == 64 else budget / 4) < peak <= budget
-    )  # 64 MB exceed what the largest chunk needs
-    assert peak_memory(lambda: network(cache, scattered, max_memory=budget, return_all_layers=True)) <= budget
-    for size in ((count // 112 + 1, 112), (27, 40)):  # 4 relative positions a row; 270 in all
-        assert peak_memory(lambda size=size: network.dense(cache, size, max_memory=budget)) <= budget
+        network(cache, random_coords(generator, 1, 1), impl=impl)  # packs the weights
+    largest = vitup_fast.model.CHUNK_QUERIES["cpu"] * 3 // 2
+    scattered = random_coords(
+        generator, 1, min(largest, 2 * budget // network._query_bytes(impl, False, None))
+    )
+
+    def peak(run, *arguments, **options):
+        return peak_memory(lambda: run(cache, *arguments, impl=impl, max_memory=budget, **options))
+
+    forward = peak(network, scattered)
+    assert forward <= budget
+    # From 4 MB on the compiled kernels, from 64 MB on all have more than the largest chunk needs.
+    assert forward > budget / 4 or megabytes >= (64 if impl == "torch" else 4)
+    assert peak(network, scattered, return_all_layers=True) <= budget
+    for size in ((scattered.shape[1] // 112 + 1, 112), (27, 40)):  # 4 relative positions a row; 270 in all
+        assert peak(network.dense, size) <= budget
 
 
 # Errors
@@ -578,7 +588,7 @@ def test_prepare_errors(network, image, change, message):
         ({"query_chunk_size": 2, "max_memory": 10**9}, "query_chunk_size and max_memory: expected one"),
         ({"max_memory": 100}, r"max_memory: expected at least \d+ bytes, the need of one query, got 100"),
         ({"max_memory": "4 MB"}, "max_memory: expected at least"),
-        ({"impl": "fast"}, r"impl: expected 'auto' or one of \['triton', 'torch', 'reference'\], got 'fast'"),
+        ({"impl": "fast"}, r"impl: expected 'auto' or one of \['triton', .*'reference'\], got 'fast'"),
         ({"head": torch.nn.Linear(32, 2), "return_all_layers": True}, "head: expected no head together"),
     ],
 )
@@ -586,6 +596,14 @@ def test_forward_errors(network, cache, coords, options, message):
     arguments = {"cache": cache, "coords": coords, **options}
     with pytest.raises(InputError, match=message):
         network(arguments.pop("cache"), arguments.pop("coords"), **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("budget", [100, True, "4 MB"])
+def test_dense_memory_errors(network, cache, dtype, budget):
+    low = copy.deepcopy(network).to(dtype)
+    with pytest.raises(InputError, match=rf"max_memory: expected at least \d+ bytes, .*, got '?{budget}'?"):
+        low.dense(cache.to(dtype), (9, 9), max_memory=budget)
 
 
 @pytest.mark.parametrize("size", [(0, 4), (4,), 4, (4.0, 4), (True, 4)])

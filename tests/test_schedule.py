@@ -215,7 +215,7 @@ def test_graphs_share_a_budget(network, cache, coords, recorded, monkeypatch):
 
 
 def test_a_memory_budget_keeps_nothing(network, cache, coords, recorded):
-    per_query = network._query_bytes(False, None)
+    per_query = network._query_bytes("triton", False, None)
     with torch.no_grad():
         actual = network(cache, coords, impl="triton", max_memory=10 * per_query)
     close(actual, network(cache, coords, impl="reference").detach())

@@ -507,9 +507,15 @@ class ViTUp(nn.Module):
         wide = torch.promote_types(self.dtype, torch.float32)
         # A chunk's table has at most half as many rows as the chunk queries, and so has a shared one on a budget.
         table_bytes = len(self.vit_up_blocks) * self.config.dim * wide.itemsize
+        # It comes from a wide copy of a block's position weights, for which a small budget has no room.
+        position = _block_weights(self.vit_up_blocks[0]).position
+        copy_bytes = 0 if self.dtype == wide else sum(t.numel() for t in position) * wide.itemsize
+        limited = copy_bytes > 0 and isinstance(max_memory, int)
+        fits = not limited or max_memory >= 4 * copy_bytes
+        budget = max_memory - copy_bytes if limited and fits else max_memory
         implementation = self._resolve(impl, cache)
         per_query = self._query_bytes(implementation, return_all_layers, head) + table_bytes
-        chunk, scratch = self._chunk(implementation, query_chunk_size, max_memory, per_query)
+        chunk, scratch = self._chunk(implementation, query_chunk_size, budget, per_query)
         rows, cols = (
             _GridAxis.create(cells, tokens, wide, self.device)
             for cells, tokens in zip((H, W), cache.token_grid, strict=True)
@@ -519,7 +525,7 @@ class ViTUp(nn.Module):
         exact_cells = all(n & (n - 1) == 0 for n in (H, W))
         dtype = self._compute_dtype()
         precise = dtype == torch.float64 or (dtype == torch.float32 and exact_cells)
-        tabulate = implementation != "reference" and not precise
+        tabulate = implementation != "reference" and not precise and fits
         shared = None
         distinct = len(rows.relative) * len(cols.relative)
         if tabulate and distinct <= (SHARED_TABLE_ROWS if max_memory is None else chunk // 2):
