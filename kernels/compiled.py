@@ -64,10 +64,10 @@ def _faster() -> Mapping[str, Mapping[str, Mapping[str, list[int]]]]:
     return json.loads(FASTER.read_text())
 
 
-def measured_faster(operation: str, device_name: str, dtype: torch.dtype, width: int) -> bool:
-    """Whether an operation was measured to be faster with compiled kernels on a GPU of this name."""
+def faster_widths(operation: str, device_name: str, dtype: torch.dtype) -> tuple[int, ...]:
+    """Widths at which an operation was measured to be faster with compiled kernels on a GPU of this name."""
     by_dtype = _faster().get(device_name, {}).get(operation, {})
-    return width in by_dtype.get(str(dtype).removeprefix("torch."), ())
+    return tuple(by_dtype.get(str(dtype).removeprefix("torch."), ()))
 
 
 def fits_residual_mlp(x: Tensor, hidden: int) -> bool:

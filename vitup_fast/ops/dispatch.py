@@ -185,11 +185,11 @@ def _cuda_obstacle_for(x: Tensor, widths: Mapping[str, int], head_dim: int | Non
 
 
 @_constant_to_compiler
-def _measured_faster(operation: str, device_index: int, dtype: torch.dtype, width: int) -> bool:
-    """Whether results of measurements show an operation to be faster with compiled kernels on a GPU."""
-    from ..kernels.compiled import measured_faster
+def _faster_widths(operation: str, device_index: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Widths at which measurements show an operation to be faster with compiled kernels on a GPU."""
+    from ..kernels.compiled import faster_widths
 
-    return measured_faster(operation, torch.cuda.get_device_name(device_index), dtype, width)
+    return faster_widths(operation, torch.cuda.get_device_name(device_index), dtype)
 
 
 def compiled_operations(impl: str, x: Tensor) -> tuple[str, ...]:
@@ -202,7 +202,7 @@ def compiled_operations(impl: str, x: Tensor) -> tuple[str, ...]:
         return COMPILED
     if impl != "auto" or not x.is_cuda or _cuda_obstacle_for(x, {}, None) is not None:
         return ()
-    return tuple(name for name in COMPILED if _measured_faster(name, x.device.index, x.dtype, x.shape[-1]))
+    return tuple(n for n in COMPILED if x.shape[-1] in _faster_widths(n, x.device.index, x.dtype))
 
 
 @_constant_to_compiler
