@@ -169,10 +169,10 @@ def _not_built_for(device_index: int) -> str | None:
     built, capability = extension.load().cuda.architectures(), torch.cuda.get_device_capability(device_index)
     if runs_on(built, capability):
         return None
-    name = torch.cuda.get_device_name(device_index)
+    name, (major, minor) = torch.cuda.get_device_name(device_index), capability
     return (
-        f"the CUDA kernels are built for {', '.join(built)}, and {name} has compute capability "
-        f"{capability[0]}.{capability[1]} (build with VITUP_FAST_CUDA_ARCHITECTURES={capability[0]}{capability[1]})"
+        f"the CUDA kernels are built for {', '.join(built)}, and {name} has compute capability {major}.{minor} "
+        f"(build with VITUP_FAST_CUDA_ARCHITECTURES={major}{minor}{'a' if (major, minor) == (9, 0) else ''})"
     )
 
 
