@@ -138,6 +138,28 @@ def test_products_are_not_serialised(compiler_output):
     assert not re.findall(r"C75\d\d", compiler_output)
 
 
+@pytest.mark.skipif(extension.obstacle("cuda") is not None, reason="the CUDA kernels are not built")
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dim": 768}, "expected rows of 384 numbers"),
+        ({"hidden": 40}, "expected a hidden width that is a positive multiple of 32"),
+        ({"rows": -1}, "expected no negative number of rows"),
+        ({"x": 520}, "expected x aligned to 16 bytes"),
+        ({"kind": "float32"}, "x: expected bfloat16, got float32"),
+    ],
+)
+def test_refusals(changed, message):
+    """Errors name the kernel, and come before anything is asked of a GPU."""
+    call = {"x": 512, "kind": "bfloat16", "rows": 5, "dim": D, "hidden": 768, **changed}
+    library = extension.load().cuda
+    half, single = library.types.index("bfloat16"), library.types.index("float32")
+    tensors = [(call["x"], library.types.index(call["kind"]))]
+    tensors += [(512, kind) for kind in (half, single, half, single, half)]
+    with pytest.raises(ValueError, match=rf"residual_mlp_sm90_kernel.*{message}"):
+        library.residual_mlp_sm90(*tensors, None, call["rows"], call["dim"], call["hidden"], 0, 0)
+
+
 @pytest.mark.skipif(
     extension.obstacle("cuda") is not None or not torch.cuda.is_available(),
     reason="needs a GPU and the compiled CUDA kernels",

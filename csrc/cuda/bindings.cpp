@@ -63,6 +63,7 @@ void bind_cuda(pybind11::module_ m) {
         if (out_moments) checks.type("out_moments", *out_moments, Type::float32);
         const ResidualMLPSm90 arguments{address(x), address(weight1), address(bias1), address(weight2), address(bias2),
             address(out), out_moments ? address(*out_moments) : nullptr, rows, dim, hidden};
+        check_arguments(arguments);
         const pybind11::gil_scoped_release release;
         const CurrentDevice current(device);
         run(arguments, reinterpret_cast<cudaStream_t>(stream));

@@ -63,33 +63,30 @@ CUtensorMap box_map(EncodeTiled encode, const void* data, std::int64_t rows, std
   return map;
 }
 
-void check_arguments(const ResidualMLPSm90& a, const std::string& what) {
-  if (a.dim != DIM) throw std::invalid_argument(what + ": expected rows of " + std::to_string(DIM) + " numbers");
-  if (a.hidden <= 0 || a.hidden % CHUNK != 0 || a.hidden > 1 << 30)
-    throw std::invalid_argument(what + ": expected a hidden width that is a multiple of " + std::to_string(CHUNK));
-  if (a.rows < 0) throw std::invalid_argument(what + ": expected rows");
-  const std::pair<const char*, const void*> pointers[] = {
-      {"x", a.x},
-      {"weight1", a.weight1},
-      {"bias1", a.bias1},
-      {"weight2", a.weight2},
-      {"bias2", a.bias2},
-      {"out", a.out},
-  };
-  for (const auto& [name, pointer] : pointers)
-    if (pointer == nullptr || reinterpret_cast<std::uintptr_t>(pointer) % 16 != 0)
-      throw std::invalid_argument(what + ": expected " + name + " aligned to 16 bytes");
-  if (reinterpret_cast<std::uintptr_t>(a.out_moments) % 8 != 0)
-    throw std::invalid_argument(what + ": expected out_moments aligned to 8 bytes");
+std::string description(const ResidualMLPSm90& a) {
+  return std::string(a.NAME) + " of " + std::to_string(a.rows) + " rows of " + std::to_string(a.dim) +
+         " numbers with " + std::to_string(a.hidden) + " hidden ones";
 }
 
 }  // namespace
 
+void check_arguments(const ResidualMLPSm90& a) {
+  const auto fail = [&](const std::string& expected) {
+    throw std::invalid_argument(description(a) + ": expected " + expected);
+  };
+  if (a.rows < 0) fail("no negative number of rows");
+  if (a.dim != DIM) fail("rows of " + std::to_string(DIM) + " numbers");
+  if (a.hidden <= 0 || a.hidden % CHUNK != 0 || a.hidden > 1 << 30)
+    fail("a hidden width that is a positive multiple of " + std::to_string(CHUNK));
+  const std::pair<const char*, const void*> pointers[] = {{"x", a.x}, {"weight1", a.weight1}, {"bias1", a.bias1},
+      {"weight2", a.weight2}, {"bias2", a.bias2}, {"out", a.out}, {"out_moments", a.out_moments}};
+  for (const auto& [name, pointer] : pointers)
+    if (reinterpret_cast<std::uintptr_t>(pointer) % 16 != 0) fail(std::string(name) + " aligned to 16 bytes");
+}
+
 void run(const ResidualMLPSm90& a, cudaStream_t stream) {
-  const std::string what = std::string(a.NAME) + " of " + std::to_string(a.rows) + " rows of " + std::to_string(a.dim) +
-                           " numbers with " + std::to_string(a.hidden) + " hidden ones";
-  check_arguments(a, what);
   if (a.rows == 0) return;
+  const std::string what = description(a);
   int device, major, minor, processors;
   check(cudaGetDevice(&device), what);
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), what);

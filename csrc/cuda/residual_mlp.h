@@ -25,9 +25,11 @@ struct ResidualMLPSm90 {
   static constexpr const char* NAME = "residual_mlp_sm90_kernel";
 };
 
-// Launch it on a stream of the current device; neither allocates nor waits.
-// Throws std::invalid_argument for sizes and addresses that the kernel does not take, std::runtime_error for a GPU that it
-// does not run on and for what CUDA refuses; both name the kernel and the sizes.
+// Throws std::invalid_argument for sizes and addresses that the kernel does not take; names the kernel and the sizes.
+void check_arguments(const ResidualMLPSm90& arguments);
+
+// Launch it, with arguments that have been checked, on a stream of the current device; neither allocates nor waits.
+// Throws std::runtime_error for a GPU that it does not run on and for what CUDA refuses; names the kernel and the sizes.
 void run(const ResidualMLPSm90& arguments, cudaStream_t stream);
 
 }  // namespace vitup::cuda
