@@ -7,6 +7,7 @@ instruction set at hand: on every call of an operator, once for a network (:clas
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,10 +38,42 @@ class Held(NamedTuple):
     tensors: tuple[Tensor, ...]
 
 
-def aligned(size: int) -> tuple[Tensor, int]:
-    """Memory for scratch, and the first address in it that is a multiple of a cache line."""
-    memory = torch.empty(size + 64, dtype=torch.uint8)
-    return memory, -(-memory.data_ptr() // 64) * 64
+class _Arena(threading.local):
+    """Memory that one call of an operator after the other uses, in each thread its own.
+
+    Fresh memory costs a page fault for every 4 KiB, together as long as a small kernel takes.
+    """
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.used = self.wanted = 0
+
+    def begin(self) -> None:
+        """Begin a call: what earlier calls took is free again."""
+        size = min(self.wanted, ARENA_BYTES)
+        if self.memory.nbytes < size:
+            self.memory = torch.empty(size, dtype=torch.uint8)
+        self.used = self.wanted = 0
+
+    def take(self, size: int) -> Tensor:
+        """Memory from the start of a cache line on, for this call alone."""
+        size = -(-size // 64) * 64 + 64
+        start = self.used
+        self.wanted += size
+        if start + size > self.memory.nbytes:
+            return _aligned(torch.empty(size, dtype=torch.uint8))
+        self.used += size
+        return _aligned(self.memory[start : self.used])
+
+
+def _aligned(memory: Tensor) -> Tensor:
+    """Drop the bytes before the first whole cache line."""
+    return memory[-memory.data_ptr() % 64 :]
+
+
+_arena = _Arena()
+# Most that a thread keeps for its next call of an operator.
+ARENA_BYTES = 64 << 20
 
 
 class Context:
@@ -51,13 +84,22 @@ class Context:
         width: the widest rows, in channels.
         int8: whether products are computed in 8-bit integers.
         max_bytes: most that the scratch of all threads may take; fewer threads and shorter tiles if need be.
+        keep: whether packed weights outlive the call of an operator that this context is for.
     """
 
     def __init__(
-        self, dtype: torch.dtype, width: int, *, int8: bool = False, max_bytes: int | None = None
+        self,
+        dtype: torch.dtype,
+        width: int,
+        *,
+        int8: bool = False,
+        max_bytes: int | None = None,
+        keep: bool = False,
     ) -> None:
         cpu = self.kernels = load().cpu
-        self.dtype, self.int8 = dtype, int8
+        self.dtype, self.int8, self.keep = dtype, int8, keep
+        if not keep:
+            _arena.begin()
         threads, rows = torch.get_num_threads(), cpu.tile_rows(width)
         if max_bytes is not None:
             while threads > 1 and threads * cpu.scratch_bytes(width, SHORTEST_TILE) + 64 > max_bytes:
@@ -65,15 +107,15 @@ class Context:
             while rows > SHORTEST_TILE and threads * cpu.scratch_bytes(width, rows) + 64 > max_bytes:
                 rows -= SHORTEST_TILE
         per_thread = cpu.scratch_bytes(width, rows)
-        self.scratch, start = aligned(threads * per_thread)
+        self.scratch = self._take(threads * per_thread)
+        start = self.scratch.data_ptr()
         self.name = str(dtype).removeprefix("torch.")
         self.handle = cpu.Context(self.name, int8, threads, rows, start, per_thread)
         self.native = cpu.Context(self.name, False, threads, rows, start, per_thread)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the scratch."""
-        return self.scratch.nbytes
+    def _take(self, size: int) -> Tensor:
+        """Memory of ``size`` bytes or a little more."""
+        return _aligned(torch.empty(size + 64, dtype=torch.uint8)) if self.keep else _arena.take(size)
 
     def vector(self, values: Tensor) -> Tensor:
         """A vector of parameters as kernels take it."""
@@ -89,7 +131,8 @@ class Context:
         *_, n, k = matrices.shape
         batch = matrices.flatten(0, -3) if matrices.dim() > 2 else matrices.unsqueeze(0)
         words = self.kernels.packed_words(self.name, int8, n, k)
-        packed = torch.empty(batch.shape[0], words, dtype=torch.int32)
+        size = 4 * batch.shape[0] * words
+        packed = self._take(size)[:size].view(torch.int32).view(batch.shape[0], words)
         context = self.handle if int8 else self.native
         self.kernels.pack(context, batch.data_ptr(), batch.shape[0], n, k, *batch.stride(), packed.data_ptr())
         return packed
@@ -401,8 +444,9 @@ def _attention_pass(
     def backward(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cpu, threads = context.kernels, torch.get_num_threads()
         per_thread = cpu.attention_backward_scratch_bytes(T, d)
-        scratch, start = aligned(threads * per_thread)
-        handle = cpu.Context(context.name, False, threads, SHORTEST_TILE, start, per_thread)
+        _arena.begin()
+        scratch = _arena.take(threads * per_thread)
+        handle = cpu.Context(context.name, False, threads, SHORTEST_TILE, scratch.data_ptr(), per_thread)
         # More groups of queries where images and heads are fewer than threads; each has gradients of its own.
         panels = -(-N // cpu.attention_backward_panel())
         groups = max(1, min(panels, -(-threads // max(1, B * heads))))
@@ -516,7 +560,7 @@ class CpuScheduler:
         self.width = max(self.dim, 2 + 4 * freqs.shape[0])
         self.state, self.samples = state, samples
         self.inv_freq, self.freqs = inv_freq.float().contiguous(), freqs.float().contiguous()
-        context = Context(self.dtype, self.width, int8=int8)
+        context = Context(self.dtype, self.width, int8=int8, keep=True)
         self.blocks = [
             Block(
                 context.mlp(block.transition),
@@ -544,14 +588,14 @@ class CpuScheduler:
 
     def fold_decoder(self, decoder: DecoderWeights) -> tuple[Held, Held]:
         """Pack the parameters of a decoder."""
-        context = Context(self.dtype, self.width, int8=self.int8)
+        context = Context(self.dtype, self.width, int8=self.int8, keep=True)
         return context.norm(*decoder[:2]), context.matrix(*decoder[2:])
 
     def project(
         self, hidden_states: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Keys, values and tokens of every block, as an ImageCache holds them, from its hidden states."""
-        context = Context(self.dtype, self.width, int8=self.int8)
+        context = Context(self.dtype, self.width, int8=self.int8, keep=True)
         projected = []
         for hidden, (norm, key_matrix, value_matrix, token_norm) in zip(
             hidden_states, self.images, strict=True
@@ -578,7 +622,7 @@ class CpuScheduler:
 
     def workspace(self, rows: int, cache: ImageCache, max_bytes: int | None = None) -> CpuWorkspace:
         """Memory for chunks of ``rows`` queries of these images, of which the scratch takes at most ``max_bytes``."""
-        context = Context(self.dtype, self.width, int8=self.int8, max_bytes=max_bytes)
+        context = Context(self.dtype, self.width, int8=self.int8, max_bytes=max_bytes, keep=True)
         state = torch.empty(rows, self.dim, dtype=self.dtype)
         return CpuWorkspace(context, state, self._packed(context, cache))
 

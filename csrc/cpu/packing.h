@@ -42,10 +42,29 @@ inline float largest_size(const T* column, int64_t stride, int64_t k) {
   return largest;
 }
 
+// Words of the first `width` columns of a panel of `padded`, the others zero; memory is read in its own order.
+template <class Operand, class T>
+inline void pack_words(const T* from, const Pack& a, int64_t width, int64_t padded, const float* inverse, int32_t* to) {
+  constexpr int64_t BLOCK = 256;  // words of a column before the next: what is written stays in the cache
+  const int64_t all_words = word_count<Operand>(a.k);
+  const auto word = [&](int64_t j, int64_t i) {
+    to[i * padded + j] = packed_word<Operand>(from + j * a.n_stride, a.k_stride, a.k, i, inverse[j]);
+  };
+  if (a.k_stride == 1) {
+    for (int64_t first = 0; first < all_words; first += BLOCK)
+      for (int64_t j = 0; j < width; ++j)
+        for (int64_t i = first; i < smaller(first + BLOCK, all_words); ++i) word(j, i);
+  } else {
+    for (int64_t i = 0; i < all_words; ++i)
+      for (int64_t j = 0; j < width; ++j) word(j, i);
+  }
+  for (int64_t i = 0; i < all_words; ++i)
+    for (int64_t j = width; j < padded; ++j) to[i * padded + j] = 0;
+}
+
 // Panel `index` of a matrix; `from` is that matrix, `to` its packed form.
 template <class Operand, class T>
 inline void pack_panel(const T* from, const Pack& a, int64_t index, int32_t* to) {
-  constexpr int64_t BLOCK = 16;  // words of a column read at once, a cache line of them
   const int64_t all_words = word_count<Operand>(a.k), columns = round_up(a.n, LANES), begin = index * PANEL;
   const int64_t width = smaller(PANEL, a.n - begin), padded = round_up(width, LANES);
   int32_t* panel = to + begin * all_words;
@@ -58,10 +77,7 @@ inline void pack_panel(const T* from, const Pack& a, int64_t index, int32_t* to)
       inverse[j] = 1.0f / scale[j];
     }
   }
-  for (int64_t first = 0; first < all_words; first += BLOCK)
-    for (int64_t j = 0; j < padded; ++j)
-      for (int64_t i = first; i < smaller(first + BLOCK, all_words); ++i)
-        panel[i * padded + j] = j < width ? packed_word<Operand>(from + (begin + j) * a.n_stride, a.k_stride, a.k, i, inverse[j]) : 0;
+  pack_words<Operand>(from + begin * a.n_stride, a, width, padded, inverse, panel);
   if constexpr (Operand::PER_WORD == 4) {
     float* total = (float*)(to + columns * (all_words + 1)) + begin;
     for (int64_t part = 0; part <= (a.k + HIDDEN_CHUNK - 1) / HIDDEN_CHUNK; ++part)
@@ -76,12 +92,9 @@ inline void pack_panel(const T* from, const Pack& a, int64_t index, int32_t* to)
   }
 }
 
-// One panel of PANEL columns, of which the matrix may have fewer: the others are zero.
+// One panel of PANEL columns, of which the matrix may have fewer.
 template <class Operand, class T>
 inline void pack_padded(const T* from, const Pack& a, int32_t* to) {
-  constexpr int64_t BLOCK = 16;
-  for (int64_t first = 0; first < word_count<Operand>(a.k); first += BLOCK)
-    for (int64_t j = 0; j < PANEL; ++j)
-      for (int64_t i = first; i < smaller(first + BLOCK, word_count<Operand>(a.k)); ++i)
-        to[i * PANEL + j] = j < a.n ? packed_word<Operand>(from + j * a.n_stride, a.k_stride, a.k, i, 0.0f) : 0;
+  const float inverse[PANEL] = {};
+  pack_words<Operand>(from, a, a.n, PANEL, inverse, to);
 }
