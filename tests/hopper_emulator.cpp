@@ -30,7 +30,6 @@
 namespace vitup::hopper {
 
 constexpr std::uint32_t BASE = 1024;  // where shared memory begins in its address space
-constexpr std::uint32_t NONE = ~0u;
 
 struct Barrier {
   std::uint64_t state;  // index of its BarrierState
@@ -128,8 +127,6 @@ Machine* machine;
   std::exit(3);
 }
 
-// ---- scheduling
-
 inline void suspend() { swapcontext(&machine->me().context, &machine->scheduler); }
 
 inline void yield() {
@@ -153,8 +150,6 @@ inline void meet(Meeting& meeting, std::uint32_t threads) {
     suspend();
   }
 }
-
-// ---- mbarriers
 
 inline BarrierState& state_of(Barrier& barrier) {
   auto& barriers = machine->my_block().barriers;
@@ -221,8 +216,6 @@ inline void barrier_wait(Barrier& barrier, std::uint32_t phase) {
   ++asked;
 }
 
-// ---- thread blocks, clusters, warpgroups
-
 inline void cluster_sync() {
   if (++machine->me().clusters_met == 2 && machine->fault == "exit") return;
   meet(machine->cluster, machine->fibers.size());
@@ -258,8 +251,6 @@ inline std::uint32_t bits_of(float value) {
 
 inline float shuffle_xor(float value, std::uint32_t mask) { return float_of(shuffle_xor(bits_of(value), mask)); }
 inline std::uint32_t uniform(std::uint32_t value) { return value; }
-
-// ---- memory
 
 inline std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(static_cast<const unsigned char*>(p) - machine->my_block().shared) + BASE;
@@ -344,8 +335,6 @@ inline Pair load_pair(const float* from) { return {{from[0], from[1]}}; }
 inline void store_pair(float* to, const Pair& pair) { to[0] = pair.of[0], to[1] = pair.of[1]; }
 inline void store_16_bytes(void* to, const std::uint32_t (&words)[4]) { std::memcpy(to, words, 16); }
 
-// ---- numbers
-
 inline std::uint32_t to_bfloat16(float value) {
   const std::uint32_t bits = bits_of(value);
   if (value != value) return 0x7fff;
@@ -362,8 +351,6 @@ inline float tanh_approx(float x) {
 }
 
 inline float reciprocal_sqrt(float x) { return 1.0f / std::sqrt(x); }
-
-// ---- wgmma
 
 inline void read_operand(
     const Block& block, std::uint64_t descriptor, std::uint32_t first, std::uint32_t rows, float (*values)[16]) {

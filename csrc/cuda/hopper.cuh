@@ -28,8 +28,6 @@ VITUP_DEVICE std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// ---- mbarriers
-
 VITUP_DEVICE void barrier_init(Barrier& barrier, std::uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
 }
@@ -72,8 +70,6 @@ VITUP_DEVICE void barrier_wait(Barrier& barrier, std::uint32_t phase) {
       : "memory");
 }
 
-// ---- thread blocks, clusters, warpgroups
-
 // Wait for every thread of the cluster; shared memory written before is seen after, in all its thread blocks.
 VITUP_DEVICE void cluster_sync() {
   __syncwarp();  // one thread may have gone its own way
@@ -103,8 +99,6 @@ VITUP_DEVICE std::uint32_t shuffle_xor(std::uint32_t value, std::uint32_t mask) 
 
 // A value that all lanes of the warp share, as the compiler then knows.
 VITUP_DEVICE std::uint32_t uniform(std::uint32_t value) { return __shfl_sync(~0u, value, 0); }
-
-// ---- memory
 
 VITUP_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -149,8 +143,6 @@ VITUP_DEVICE void store_16_bytes(void* to, const std::uint32_t (&words)[4]) {
   *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// ---- numbers
-
 // Two floats, rounded to nearest, `low` in the lower half.
 VITUP_DEVICE std::uint32_t pack_bfloat16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -167,8 +159,6 @@ VITUP_DEVICE float tanh_approx(float x) {  // relative error 2^-11
 
 VITUP_DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
 
-// ---- wgmma: products of a warpgroup, accumulators in float32
-
 // Orders accesses to registers before the products that follow.
 VITUP_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -178,17 +168,11 @@ VITUP_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned
 // Wait until all groups are complete.
 VITUP_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-// Values that a product reads or writes: no use of them moves past this.
+// For the sums of a product, before it and after wgmma_wait: no use of them moves past this.
 template <int COUNT>
 VITUP_DEVICE void keep_in_place(float (&values)[COUNT]) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(values[i])::"memory");
-}
-
-template <int COUNT>
-VITUP_DEVICE void keep_in_place(std::uint32_t (&values)[COUNT]) {
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(values[i])::"memory");
 }
 
 #define VITUP_FLOATS_8(c, i)                                                                                  \

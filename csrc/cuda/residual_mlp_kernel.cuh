@@ -21,7 +21,7 @@
 //                 turns, so that GELU of one runs behind a product of the other. For speed alone.
 // No barrier can run a phase ahead of a wait: whoever completes the next phase has waited, itself or through others, for
 // all who wait for this one to have gone on. (wgmma is issued by whole warps: where one lane is, all have been.)
-// No deadlock: order products by chunk, layer, consumer. The first that is not done has its turn, since the one before is
+// No deadlock: order products by tile, chunk, layer, consumer. The first that is not done has its turn, since the one before is
 // issued; and its slot, since whatever was in that slot before is an earlier product of all four consumers, so both
 // producers have filled it; and its rows, since rows before are read by earlier products alone.
 // Both thread blocks take the same steps: rows beyond the end arrive as zeros and are not stored.
@@ -30,8 +30,8 @@
 //
 // Registers: 128 x (24 + 240 + 240) = 64512 of 65536; wgmma's begin at 24, 192 + 16 + 8 of them, so that chunks of 48
 // would not do. Shared memory: 96 KiB of rows + 120 KiB of weights + 128 bytes of barriers, of 227 KiB.
-// A width of 768 would need sums of 128 x 768 x 4 = 384 KiB, and all registers have 256; with 64 rows the reads of shared
-// memory would take twice as long as the products.
+// A width of 768 would need sums of 128 x 768 x 4 bytes = 384 KiB, and all registers have 256; with 64 rows, shared memory
+// would take twice as long as the products.
 //
 // The includer provides the functions of hopper.cuh: that header, or the emulator of the tests.
 #pragma once
@@ -194,8 +194,8 @@ VITUP_DEVICE Pair row_squares(const Value& value, const Pair& mean) {
 VITUP_DEVICE void begin_tile(
     Sums& sums, unsigned char (&x)[STRIPS][X_STRIP_BYTES], const float* bias2, std::uint32_t thread) {
   const std::uint32_t row = accumulator_row(thread), column = accumulator_column(thread);
-  // For moments a thread reads a quarter of its two rows, 16 bytes at a time. The loop stays rolled, and rows are read
-  // once more below: registers would not hold them beside the sums.
+  // For moments a thread reads a quarter of its two rows, 16 bytes at a time, pieces 0, 2, 4 and 6 before the others: so
+  // two rows meet no bank twice. The loop stays rolled, and rows are read once more below: registers would not hold them.
   const auto add_up = [&](const auto& term) {
     Pair total = {{0, 0}};
 #pragma unroll 1
@@ -205,7 +205,7 @@ VITUP_DEVICE void begin_tile(
 #pragma unroll
         for (int piece = 0; piece < 2; ++piece) {
           std::uint32_t pairs[4];
-          load_shared(&x[strip][strip_offset<WIDE * 2>(row + 8 * half, column * 4 + piece * 32)], pairs);
+          load_shared(&x[strip][strip_offset<WIDE * 2>(row + 8 * half, column * 8 + piece * 8)], pairs);
 #pragma unroll
           for (int i = 0; i < 4; ++i) total.of[half] += term(half, low_bfloat16(pairs[i]), high_bfloat16(pairs[i]));
         }
