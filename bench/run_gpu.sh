@@ -250,6 +250,7 @@ sys.exit(extension.obstacle('cuda') or 0)"; then
   fi
   if "$python" -c "import pytest" 2>/dev/null; then
     step bits 10 "$python" -m pytest -p no:cacheprovider "$repository/tests/test_cuda_kernels.py" -k "gpu or launches"
+    step hopper 10 "$python" -m pytest -p no:cacheprovider "$repository/tests/test_hopper_mlp.py" -k on_a_gpu
   fi
   for tool in memcheck racecheck synccheck; do
     sanitized "$tool" 10 "$tool" cuda "${operations[@]}"
