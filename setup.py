@@ -218,13 +218,20 @@ def compile_module(folder: Path, parts: frozenset[str], plan: Plan) -> Path:
 
     env = dict(os.environ, CUDACXX=plan.nvcc) if plan.nvcc else dict(os.environ)
     variables = ("CXX", "CUDACXX", "CUDAHOSTCXX", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS")
-    tools = [sys.version, sys.executable, str(ROOT), *(f"{name}={env.get(name)}" for name in variables)]
+    tools = [
+        sys.version,
+        sys.executable,
+        str(ROOT),
+        pybind11.__version__,
+        *(f"{name}={env.get(name)}" for name in variables),
+    ]
     programs = ["cmake", (env.get("CXX") or "c++").split()[0], plan.nvcc]
     tools += [version_of(program) for program in programs if program]
     fingerprint = folder / "tools.json"
     if not fingerprint.exists() or json.loads(fingerprint.read_text()) != tools:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        # A copy stays in its place and as old as it is, unlike what pip installs for one build.
+        shutil.copytree(Path(pybind11.get_include()) / "pybind11", folder / "include" / "pybind11")
         fingerprint.write_text(json.dumps(tools))
 
     options = {
@@ -233,7 +240,7 @@ def compile_module(folder: Path, parts: frozenset[str], plan: Plan) -> Path:
         "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder,
         "CMAKE_CUDA_ARCHITECTURES": ";".join(plan.architectures),
         "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "PYBIND11_INCLUDE": folder / "include",
         "VITUP_FAST_CPU": "cpu" in parts,
         "VITUP_FAST_CUDA": "cuda" in parts,
     }
@@ -334,10 +341,11 @@ if __name__ == "__main__":
     setup(
         packages=["vitup_fast", "vitup_fast.ops", "vitup_fast.kernels", "vitup_fast.bench"],
         package_dir={"vitup_fast.kernels": "kernels", "vitup_fast.bench": "bench"},
+        include_package_data=False,
         package_data={
             "vitup_fast": ["py.typed"],
             "vitup_fast.kernels": ["configs/*.json"],
-            "vitup_fast.bench": ["run_gpu.sh", "compile_report.json"],
+            "vitup_fast.bench": ["run_gpu.sh", "compile_report.json", "cuda_report.json"],
         },
         ext_modules=[Extension("vitup_fast._C", [])] if PLAN.possible else [],
         cmdclass={"build": Build, "build_ext": BuildExtension},
