@@ -1,13 +1,9 @@
 // Where queries lie: positions are computed in the coordinates' own precision, float32 or float64.
 
-struct Position {
-  double x, y;
-};
-
 template <class C>
 struct Nearest {
   int64_t token;
-  float x, y;  // relative to the token's centre, in token units
+  C x, y;  // relative to the token's centre, in token units
 };
 
 template <class C>
@@ -26,13 +22,25 @@ inline int64_t nearest_index(C coordinate, int64_t count) {
 
 // By definition the centres (index + 0.5) / count are float32 numbers.
 template <class C>
-inline float relative_position(C coordinate, int64_t index, int64_t count) {
+inline C relative_position(C coordinate, int64_t index, int64_t count) {
   const float centre = ((float)index + 0.5f) / (float)count;
-  return (float)((coordinate - (C)centre) * (C)count);
+  return (coordinate - (C)centre) * (C)count;
 }
 
 template <class C>
 inline Nearest<C> nearest_token(const C* xy, int64_t h, int64_t w) {
   const int64_t col = nearest_index(xy[0], w), row = nearest_index(xy[1], h);
   return {row * w + col, relative_position(xy[0], col, w), relative_position(xy[1], row, h)};
+}
+
+// Angles of a position at the first `count` frequencies, in turns; whole turns of float64 are left out before rounding.
+template <class C>
+inline Floats turns_at(C position, const float* frequencies, int64_t count) {
+  if constexpr (sizeof(C) == 4) return position * load_part(frequencies, count);
+  Floats turns{};
+  for (int64_t i = 0; i < smaller(LANES, count); ++i) {
+    const double angle = position * (double)frequencies[i];
+    turns[i] = (float)(angle - nearest_even(angle));
+  }
+  return turns;
 }

@@ -2,14 +2,14 @@
 // with m = (1 + gamma) * token + beta.
 
 // [rx, ry, sin x, sin y, cos x, cos y] of a relative position, angles pi * r * f; padded with zeros.
-inline void position_code(float x, float y, const float* freqs, int64_t bands, float* code, int64_t padded) {
+template <class C>
+inline void position_code(C x, C y, const float* freqs, int64_t bands, float* code, int64_t padded) {
   for (int64_t i = 0; i < padded; ++i) code[i] = 0.0f;
-  code[0] = x;
-  code[1] = y;
+  code[0] = (float)x;
+  code[1] = (float)y;
   for (int64_t axis = 0; axis < 2; ++axis)
     for (int64_t i = 0; i < bands; i += LANES) {
-      const Floats turns = (axis == 0 ? x : y) * load_part(freqs + i, bands - i) * 0.5f;
-      const SineCosine wave = sine_cosine_of_turns(turns);
+      const SineCosine wave = sine_cosine_of_turns(turns_at((axis == 0 ? x : y) * (C)0.5, freqs + i, bands - i));
       store_part(code + 2 + axis * bands + i, wave.sine, bands - i);
       store_part(code + 2 + (2 + axis) * bands + i, wave.cosine, bands - i);
     }

@@ -6,11 +6,12 @@ constexpr float LOG2_E = 1.44269504f;
 
 // Cosines and sines of the d / 2 angles of a position in token units, each twice, as the pairs of channels want them;
 // sines with the sign of the first of a pair.
-inline void rotation(float x, float y, const float* inv_freq, int64_t d, float* cosines, float* sines) {
+template <class C>
+inline void rotation(C x, C y, const float* inv_freq, int64_t d, float* cosines, float* sines) {
   const int64_t bands = d / 4;
   for (int64_t axis = 0; axis < 2; ++axis)
     for (int64_t i = 0; i < bands; i += LANES) {
-      const SineCosine wave = sine_cosine_of_turns((axis == 0 ? x : y) * load_part(inv_freq + i, bands - i));
+      const SineCosine wave = sine_cosine_of_turns(turns_at(axis == 0 ? x : y, inv_freq + i, bands - i));
       for (int64_t j = 0; j < smaller(LANES, bands - i); ++j) {
         const int64_t channel = 2 * (axis * bands + i + j);
         cosines[channel] = cosines[channel + 1] = wave.cosine[j];
@@ -119,7 +120,7 @@ inline void rope_cross_attention(const Common& common, const RopeCrossAttention&
     float* sines = attention.take<float>(d);
     for (int64_t r = 0; r < rows; ++r) {
       const C* xy = (const C*)a.coords.xy + 2 * (image * a.N + begin + r);
-      rotation((float)(xy[0] * (C)a.token_w), (float)(xy[1] * (C)a.token_h), a.inv_freq, d, cosines, sines);
+      rotation(xy[0] * (C)a.token_w, xy[1] * (C)a.token_h, a.inv_freq, d, cosines, sines);
       float* row = product + r * D;
       rotate(row, a.query.bias, scale, D, d, cosines, sines);
       encode(query, r, 0, row, D);
