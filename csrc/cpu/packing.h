@@ -32,12 +32,13 @@ inline int32_t packed_word(const T* column, int64_t stride, int64_t k, int64_t i
   return (int32_t)word;
 }
 
+// NaN if there is one.
 template <class T>
 inline float largest_size(const T* column, int64_t stride, int64_t k) {
   float largest = 0.0f;
   for (int64_t i = 0; i < k; ++i) {
     const float size = __builtin_fabsf(widened(column[i * stride]));
-    largest = size > largest ? size : largest;
+    largest = size > largest || size != size ? size : largest;
   }
   return largest;
 }
@@ -73,7 +74,7 @@ inline void pack_panel(const T* from, const Pack& a, int64_t index, int32_t* to)
     float* scale = (float*)(to + columns * all_words) + begin;
     for (int64_t j = 0; j < padded; ++j) {
       const float largest = j < width ? largest_size(from + (begin + j) * a.n_stride, a.k_stride, a.k) : 0.0f;
-      scale[j] = largest > 0.0f ? largest / 127.0f : 1.0f;
+      scale[j] = largest < 1e-30f ? 1.0f : largest / 127.0f;  // the inverse must be finite
       inverse[j] = 1.0f / scale[j];
     }
   }

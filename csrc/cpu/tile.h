@@ -63,7 +63,7 @@ inline void encode(const Rows<Operand>& to, int64_t row, int64_t column, const f
       high = at_least(load(from + i), high);
     }
     const float lowest = -largest(-low), highest = largest(high);
-    const float step = highest > lowest ? (highest - lowest) / 255.0f : 1.0f;
+    const float step = highest - lowest < 1e-30f ? 1.0f : (highest - lowest) / 255.0f;  // its inverse must be finite
     const Floats zero = nearest_integer(splat(-lowest / step));
     const float inverse = 1.0f / step;
     for (int64_t i = 0; i < count; i += LANES) {
