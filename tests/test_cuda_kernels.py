@@ -43,7 +43,7 @@ from vitup_fast.testing import (
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LOW = DTYPES[1:]
 # Every shape of the row kernels, widths between two of them, and rows beyond the capacity of the largest.
-WIDTHS = (64, 72, 128, 192, 320, 384, 512, 768, 1024, 1544, 2112)
+WIDTHS = (64, 72, 128, 192, 320, 384, 440, 512, 768, 1024, 1544, 2112)
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(
     extension.obstacle("cuda") is not None or not torch.cuda.is_available(),
@@ -181,6 +181,20 @@ def test_gradients_of_modulation(generator, dtype, D, table, wide_film):
     torch.testing.assert_close(grad_film.double(), exact, rtol=film_eps, atol=1e-7)
 
 
+def test_nearest_tokens_on_the_borders_between_them(generator):
+    """Ties go to the even index; float32 holds these coordinates exactly."""
+    h, w = 4, 8
+    rows, columns = torch.arange(-1, h + 2) / h, torch.arange(-1, w + 2) / w
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    coords = torch.stack((x, y), -1).flatten(0, 1)[None]
+    N = coords.shape[1]
+    tokens = torch.randn(1, h, w, 8, generator=generator)
+    source = FilmSource(torch.randn(N, 16, generator=generator), coords, None, None)
+    grad = torch.randn(N, 8, generator=generator)
+    _, _, index = run_modulate_backward(torch.empty(1, N, 8), tokens, source, grad, torch.float32)
+    assert torch.equal(index, nearest_token(coords, (h, w))[0][0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("D", [8, 128, 136, 768])
 def test_segments_empty_and_long(generator, dtype, D):
@@ -255,6 +269,10 @@ def test_bad_coordinates_change_no_other_row(generator, dtype, bad):
     grad = torch.randn(2, 37, 64, generator=generator).to(dtype)
     grads = [backward(grad, grid, c, [False, True])[0] for c in (coords, wrong)]
     assert torch.equal(grads[0][others], grads[1][others])
+    grad_grid, _ = backward(grad, grid, wrong, [True, True])
+    assert torch.equal(grad_grid[0], backward(grad, grid, coords, [True, False])[0][0])
+    assert not grad_grid[1, 2:-2].isnan().any()
+    assert not grad_grid[1, :, 2:-2].isnan().any()
     x, tokens, source = film(generator, dtype, 64, table=False)
     wrong = source.coords.clone()
     wrong[1, 2] = bad
