@@ -21,4 +21,4 @@ $(VENV)/%.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cp
 	touch $@
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) out build dist *.egg-info vitup_fast/_C* vitup_fast/build.json

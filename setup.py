@@ -87,10 +87,10 @@ def wanted_architectures() -> tuple[str, ...] | None:
 
 def find_nvcc() -> str | None:
     """Return the path of the CUDA compiler: CUDACXX, CUDA_HOME, PATH or /usr/local/cuda, in this order."""
-    if "CUDACXX" in os.environ:
-        return shutil.which(os.environ["CUDACXX"])
-    homes = [os.environ["CUDA_HOME"]] if "CUDA_HOME" in os.environ else []
-    names = [f"{home}/bin/nvcc" for home in homes] + ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    if named := os.environ.get("CUDACXX"):
+        return shutil.which(named)
+    home = os.environ.get("CUDA_HOME")
+    names = [*([f"{home}/bin/nvcc"] if home else []), "nvcc", "/usr/local/cuda/bin/nvcc"]
     return next((path for path in map(shutil.which, names) if path), None)
 
 
@@ -104,6 +104,14 @@ def compiles_for(nvcc: str, architecture: str) -> bool:
         return False
 
 
+def version_of(program: str) -> str:
+    """Return what a program says of its version, or nothing if it does not run."""
+    try:
+        return subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return ""
+
+
 def missing_tool() -> str | None:
     """Why nothing can be compiled, for want of CMake, ninja or pybind11, or None."""
     if sys.platform == "win32":
@@ -111,9 +119,7 @@ def missing_tool() -> str | None:
     cmake = shutil.which("cmake")
     if cmake is None:
         return "CMake was not found (pip install cmake)"
-    found = re.search(
-        r"\d+\.\d+", subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout
-    )
+    found = re.search(r"\d+\.\d+", version_of(cmake))
     if found is None or tuple(map(int, found[0].split("."))) < OLDEST_CMAKE:
         return f"{cmake} is older than 3.24 or does not run (pip install cmake)"
     if shutil.which("ninja") is None:
@@ -178,7 +184,7 @@ def first_error(output: str) -> str:
                     break
                 paragraph += text.split()
             return " ".join(paragraph)[:300] or line
-        if re.search(r"\b(fatal|error)\b", line, re.IGNORECASE) and not line.startswith("FAILED"):
+        if re.search(r"\b(error|fatal)( #\d+)?\s*:", line):
             return line.strip()[:300]
     return (lines or ["no output"])[-1].strip()[:300]
 
@@ -198,14 +204,6 @@ def run(command: list[str], env: dict[str, str]) -> None:
             output.append(line)
     if process.returncode:
         raise BuildError(first_error("".join(output)).replace(f"{ROOT}/", ""))
-
-
-def version_of(program: str) -> str:
-    """Return what a program says of its version, or nothing if it does not run."""
-    try:
-        return subprocess.run([program, "--version"], capture_output=True, text=True).stdout
-    except OSError:
-        return ""
 
 
 def compile_module(folder: Path, parts: frozenset[str], plan: Plan) -> Path:
@@ -228,7 +226,7 @@ def compile_module(folder: Path, parts: frozenset[str], plan: Plan) -> Path:
     programs = ["cmake", (env.get("CXX") or "c++").split()[0], plan.nvcc]
     tools += [version_of(program) for program in programs if program]
     fingerprint = folder / "tools.json"
-    if not fingerprint.exists() or json.loads(fingerprint.read_text()) != tools:
+    if not fingerprint.exists() or fingerprint.read_text() != json.dumps(tools):
         shutil.rmtree(folder, ignore_errors=True)
         # A copy stays in its place and as old as it is, unlike what pip installs for one build.
         shutil.copytree(Path(pybind11.get_include()) / "pybind11", folder / "include" / "pybind11")
