@@ -303,10 +303,8 @@ def test_what_does_not_compile_is_left_out_loudly(small):
 @builds
 def test_without_a_compiler(small):
     done = build_in_place(small, CXX="/nonexistent", VITUP_FAST_CUDA=0)
-    assert (
-        "built pure Python; no C++ kernels for CPUs: they do not compile (Could not find compiler set in environment variable CXX: /nonexistent"
-        in done.stderr
-    )
+    reason = "they do not compile (Could not find compiler set in environment variable CXX: /nonexistent"
+    assert f"built pure Python; no C++ kernels for CPUs: {reason}" in done.stderr
     done = build_in_place(small, check=False, CXX="/nonexistent", VITUP_FAST_CPU=1, VITUP_FAST_CUDA=0)
     assert done.returncode != 0
     assert "C++ kernels for CPUs were asked for, but do not compile: " in done.stderr
