@@ -358,7 +358,7 @@ def test_network_command_writes_the_promised_fields(fake_probes, tmp_path, capsy
     assert {"title", "dtype", "device", "peaks", "repeats", "baseline", "detail"} <= set(dense)
     assert dense["work"]["flops"] < scattered["work"]["flops"]
     names = [row["provider"] for row in dense["rows"]]
-    assert names == ["eager", "torch"]
+    assert names == ["eager", "cpu", "torch"]
     for row in dense["rows"]:
         assert set(row) == {
             *("provider", "error", "error_ratio", "accurate", "failure", "memory", "kept"),
@@ -490,7 +490,7 @@ def test_implementations_of_a_device(monkeypatch):
     cuda = torch.device("cuda")
     assert check_implementations(None, cuda) == ["triton", "torch"]
     assert check_implementations(["torch"], cuda) == ["torch"]
-    assert check_implementations(None, CPU) == ["torch"]
+    assert check_implementations(None, CPU) == ["cpu", "torch"]
     with pytest.raises(InputError, match="it is not built"):
         check_implementations(["cuda"], cuda)
     with pytest.raises(InputError, match="runs on a CPU"):
@@ -584,7 +584,7 @@ def test_correctness_names_what_fails_and_goes_on(monkeypatch, tmp_path, capsys,
     monkeypatch.setitem(OPERATIONS, "norm_linear", good._replace(function=broken))
     path = tmp_path / "correctness.json"
     arguments = ["--quick", "--operation", "bilinear_sample", "norm_linear", "--dtype", "float32"]
-    assert correctness.main([*arguments, "--json", str(path)]) == 1
+    assert correctness.main([*arguments, "--impl", "torch", "--json", str(path)]) == 1
     output = capsys.readouterr().out
     assert "FAIL norm_linear torch float32 forward" in output
     failed = failed_checks(path)
@@ -763,7 +763,9 @@ def test_benchmark_draws_its_own_roofline(fake_probes, tmp_path, capsys):
 
 def test_kernel_times_add_up(tmp_path, capsys):
     path = tmp_path / "kernels.json"
-    assert kernel_times.main(["--preset", "tiny", "--side", "10", "--json", str(path)]) == 0
+    assert (
+        kernel_times.main(["--preset", "tiny", "--side", "10", "--impl", "torch", "--json", str(path)]) == 0
+    )
     (found,) = json.loads(path.read_text())
     times = [kernel["seconds"] for kernel in found["kernels"]]
     assert times == sorted(times, reverse=True)
@@ -823,7 +825,9 @@ def test_run_gpu_goes_on_after_a_failure(tmp_path):
     assert "profile: ok" in run.stdout
     assert run.stdout.splitlines()[-1] == "failed: end_to_end"
     rows = json.loads((tmp_path / "end_to_end.json").read_text())[0]["rows"]
-    assert [row["failure"] for row in rows] == [None, "failed the forward check of norm_linear"]
+    failures = {row["provider"]: row["failure"] for row in rows}
+    assert failures["torch"] == "failed the forward check of norm_linear"
+    assert [name for name, failure in failures.items() if failure is None] == ["eager", "cpu"]
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,16 @@
 // is what one lane of a multiply-add takes. B is packed in panels of PANEL columns, the word of every column of a panel
 // side by side; the last panel is as narrow as whole vectors allow.
 
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 struct Float32 {
   using Accumulator = Floats;
   using Number = float;
   static constexpr int PER_WORD = 1;
-  // Partial sums over so many words keep the rounding error below that of one long sum.
-  static constexpr int64_t BLOCK_WORDS = 192;
+  // Partial sums over so many of `count` words keep the rounding error below that of one long sum.
+  static int64_t block_words(int64_t count) { return smaller(64, larger(16, count / 4)); }
   static Floats multiply_add(Floats sum, Ints a, Ints b) { return sum + (Floats)a * (Floats)b; }
 };
 
@@ -18,7 +22,7 @@ struct BFloat16 {
   using Accumulator = Floats;
   using Number = float;
   static constexpr int PER_WORD = 2;
-  static constexpr int64_t BLOCK_WORDS = 1 << 20;
+  static int64_t block_words(int64_t count) { return count; }
   static Floats multiply_add(Floats sum, Ints a, Ints b) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
@@ -32,7 +36,7 @@ struct Int8 {  // A unsigned, B signed
   using Accumulator = Ints;
   using Number = int32_t;
   static constexpr int PER_WORD = 4;
-  static constexpr int64_t BLOCK_WORDS = 1 << 20;
+  static int64_t block_words(int64_t count) { return count; }
   static Ints multiply_add(Ints sum, Ints a, Ints b) {
     return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
   }
@@ -48,9 +52,6 @@ constexpr int ROW_BLOCK = 4, PANEL_VECTORS = 2;
 #endif
 constexpr int64_t PANEL = PANEL_VECTORS * LANES;
 
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class Operand>
 inline int64_t word_count(int64_t k) {
@@ -108,8 +109,9 @@ template <class Operand>
 inline void multiply_panel(const int32_t* a, int64_t a_stride, int64_t rows, const int32_t* b, int64_t count,
                            int64_t width, typename Operand::Number* c, int64_t c_stride, bool accumulate) {
   const int64_t vectors = (width + LANES - 1) / LANES;
-  for (int64_t done = 0; done < count; done += Operand::BLOCK_WORDS) {
-    const int64_t step = smaller(Operand::BLOCK_WORDS, count - done);
+  const int64_t block = Operand::block_words(count);
+  for (int64_t done = 0; done < count; done += block) {
+    const int64_t step = smaller(block, count - done);
     const int32_t* panel = b + done * vectors * LANES;
     const bool adds = accumulate || done > 0;
     switch (vectors) {
