@@ -244,11 +244,10 @@ def mlp_backward(
         D,
     )
     flat = grad.view(rows, D)
-    grad_norm_weight, grad_norm_bias = grad_norm.sum(0).to(x.dtype)
     grads = (
         lambda: grad_x,
-        lambda: grad_norm_weight,
-        lambda: grad_norm_bias,
+        lambda: grad_norm[:, 0].sum(0).to(x.dtype),
+        lambda: grad_norm[:, 1].sum(0).to(x.dtype),
         lambda: grad_preactivation.t() @ normed,
         lambda: grad_preactivation.sum(0),
         lambda: flat.t() @ hidden,
