@@ -45,6 +45,8 @@ KERNELS = extension.load().cpu
 BEST, *OTHERS = KERNELS.instruction_sets()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU_IMPLS = ["cpu"] if dispatch._cpu_obstacle(int8=True) else ["cpu", "cpu_int8"]
+# 8-bit products run with one instruction set alone.
+PAIRS = [*((name, "cpu") for name in (BEST, *OTHERS)), *((BEST, name) for name in CPU_IMPLS[1:])]
 needs_int8 = pytest.mark.skipif("cpu_int8" not in CPU_IMPLS, reason="no 8-bit products on this CPU")
 
 # Sizes at and beside the edges of vectors (16), row blocks (6), panels (64), hidden chunks (256), key blocks (1024).
@@ -412,12 +414,10 @@ def test_labels_of_the_operation():
 # Rows that are out of the ordinary
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS)
+@pytest.mark.parametrize(("instruction_set", "impl"), PAIRS, indirect=["instruction_set"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e20, -1e20], ids=str)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_bad_coordinate_stays_in_its_row(instruction_set, impl, bad, axis):
-    if impl == "cpu_int8" and instruction_set != BEST:
-        pytest.skip("no 8-bit products")
     network, coords = make_network(), make_coords(batch=1)
     cache = prepared(network, make_image(batch=1), impl)
     expected = query(network, cache, coords, impl)
@@ -555,12 +555,10 @@ def test_nothing_is_written_beside_the_output(instruction_set, dtype, width):
     assert (around[-64:] == 1).all()
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS)
+@pytest.mark.parametrize(("instruction_set", "impl"), PAIRS, indirect=["instruction_set"])
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_memory_layout_does_not_matter(instruction_set, impl, name, dtype):
-    if impl == "cpu_int8" and instruction_set != BEST:
-        pytest.skip("no 8-bit products")
     function = OPERATIONS[name].function
     arguments = OPERATIONS[name].inputs(
         Sizes(B=2, N=23, D=48, heads=3, token_grid=(4, 4)), seeded(), dtype=dtype

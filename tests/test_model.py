@@ -524,7 +524,7 @@ def peak_memory(function):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("megabytes", "blocks"), [(0.25, 6), (1, 6), (4, 6), (16, 2), (64, 1)])
+@pytest.mark.parametrize(("megabytes", "blocks"), [(0.25, 1), (1, 2), (4, 6), (16, 2), (64, 1)])
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 def test_memory_stays_within_the_budget(dtype, megabytes, blocks, impl):
     config = ViTUpConfig(dim=384, num_heads=6, layer_indices=tuple(range(blocks + 1)))
