@@ -9,6 +9,7 @@
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 #if defined(__x86_64__)
@@ -104,20 +105,47 @@ class Pool {
   std::atomic<int64_t> published_{0};
 };
 
-// Never destroyed: workers may outlive static objects. A forked child has none of its parent's threads, nor knows in
-// which state they left the pool, and starts with a new one.
-std::atomic<Pool*> pool{nullptr};
+// GOMP_parallel(body, data, threads, flags) of the OpenMP runtime that the process already has, if any: PyTorch's. Its
+// threads look for work for milliseconds after each region; threads of our own would compete with them for cores.
+using OpenMPParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-Pool& current_pool() {
+OpenMPParallel openmp_of_process() {
+#if defined(__unix__) || defined(__APPLE__)
+  return reinterpret_cast<OpenMPParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#else
+  return nullptr;
+#endif
+}
+
+// The pool is never destroyed: workers may outlive static objects. A forked child has none of its parent's threads, nor
+// knows in which state they left pool and OpenMP, and starts with a new pool.
+std::atomic<Pool*> pool{nullptr};
+std::atomic<OpenMPParallel> openmp{nullptr};
+
+void prepare() {
   static const bool prepared = [] {
     pool = new Pool;
+    openmp = openmp_of_process();
 #if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+    pthread_atfork(nullptr, nullptr, [] {
+      pool = new Pool;
+      openmp = nullptr;
+    });
 #endif
     return true;
   }();
   (void)prepared;
-  return *pool;
+}
+
+struct Region {
+  Job* job;
+  std::atomic<int64_t> joined{0};
+};
+
+void join(void* data) {
+  Region& region = *static_cast<Region*>(data);
+  const int64_t thread = region.joined.fetch_add(1, std::memory_order_relaxed);
+  if (thread < region.job->threads) region.job->work(thread);
 }
 
 }  // namespace
@@ -133,7 +161,13 @@ void run_parallel(int64_t threads, int64_t tasks, void (*body)(void*, int64_t, i
   job.context = context;
   job.tasks = tasks;
   job.threads = threads;
-  current_pool().run(job);
+  prepare();
+  if (const OpenMPParallel parallel = openmp) {
+    Region region{&job};
+    parallel(join, &region, static_cast<unsigned>(threads), 0);
+  } else {
+    pool.load()->run(job);
+  }
 }
 
 }  // namespace vitup_fast::cpu
