@@ -813,8 +813,10 @@ class ViTUp(nn.Module):
         if self.device.type == "cuda":
             norms = torch._foreach_norm([p.detach() for p in self.parameters()], 2, torch.float32)
             return torch.stack(norms).cpu()
-        parameters = (p.detach().flatten() for p in self.parameters())
-        return torch.cat([p[:: max(1, len(p) // 32)].float().cpu() for p in parameters])
+        with torch.no_grad():
+            parameters = (p if p.is_contiguous() else p.contiguous() for p in self.parameters())
+            steps = ((p, max(1, p.numel() // 32)) for p in parameters)
+            return torch.cat([p.as_strided((-(-p.numel() // step),), (step,)) for p, step in steps]).cpu()
 
     def _query_bytes(self, implementation: str, return_all_layers: bool, head: Head | None) -> int:
         """Upper bound of the memory of one query: its walk, and what is decoded of it."""
