@@ -112,12 +112,15 @@ def test_gradcheck(operation, generator, impl):
 def test_opcheck(operation, generator, monkeypatch, fast, N):
     calls = []
 
-    def record(self, *args, impl):
-        backward = self.backward
-        monkeypatch.setattr(self, "backward", lambda *a: calls.append((backward, a)) or backward(*a))
-        calls.append((self.forward, (*args, impl)))
-        return self.forward(*args, impl)
+    def recorded(operator):
+        return lambda *args: calls.append((operator, args)) or operator(*args)
 
+    def record(self, *args, impl):
+        monkeypatch.setattr(self, "forward", recorded(self.forward))
+        monkeypatch.setattr(self, "backward", recorded(self.backward))
+        return call(self, *args, impl=impl)
+
+    call = Operator.__call__
     monkeypatch.setattr(Operator, "__call__", record)
     run(operation, operation.inputs(small(fast, N=N), generator), fast)
     assert len(calls) == 2

@@ -18,12 +18,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .config import LAYER_NORM_EPS
 from .extension import load
 from .ops.bilinear_sample import torch_backward as bilinear_sample_backward
-from .ops.film_mlp import MLPPasses
-from .ops.film_mlp import backward_by as film_backward_by
-from .ops.norm_linear import torch_backward as norm_linear_torch_backward
+from .ops.coordinates import nearest_token
+from .ops.film_mlp import position_code_backward
 from .ops.primitives import MLPWeights
-from .ops.rope_cross_attention import AttentionPass, AttentionWeights
-from .ops.rope_cross_attention import backward_by as attention_backward_by
+from .ops.rope_cross_attention import AttentionWeights, rotation_backward
 from .schedule import Source, version
 
 if TYPE_CHECKING:
@@ -65,6 +63,16 @@ class _Arena(threading.local):
         self.used += size
         return _aligned(self.memory[start : self.used])
 
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor in such memory."""
+        size = math.prod(shape) * dtype.itemsize
+        return self.take(size)[:size].view(dtype).view(shape)
+
+
+def begin_call() -> None:
+    """Begin the call of an operator: what the thread's last call needed is free again."""
+    _arena.begin()
+
 
 def _aligned(memory: Tensor) -> Tensor:
     """Drop the bytes before the first whole cache line."""
@@ -85,6 +93,8 @@ class Context:
         int8: whether products are computed in 8-bit integers.
         max_bytes: most that the scratch of all threads may take; fewer threads and shorter tiles if need be.
         keep: whether packed weights outlive the call of an operator that this context is for.
+        tile_rows: most rows of a tile, of a kernel that wants scratch of its own.
+        scratch_bytes: scratch that this kernel wants for a thread.
     """
 
     def __init__(
@@ -95,18 +105,18 @@ class Context:
         int8: bool = False,
         max_bytes: int | None = None,
         keep: bool = False,
+        tile_rows: int | None = None,
+        scratch_bytes: int | None = None,
     ) -> None:
         cpu = self.kernels = load().cpu
         self.dtype, self.int8, self.keep = dtype, int8, keep
-        if not keep:
-            _arena.begin()
-        threads, rows = torch.get_num_threads(), cpu.tile_rows(width)
+        threads, rows = torch.get_num_threads(), tile_rows or cpu.tile_rows(width)
         if max_bytes is not None:
             while threads > 1 and threads * cpu.scratch_bytes(width, SHORTEST_TILE) + 64 > max_bytes:
                 threads -= 1
             while rows > SHORTEST_TILE and threads * cpu.scratch_bytes(width, rows) + 64 > max_bytes:
                 rows -= SHORTEST_TILE
-        per_thread = cpu.scratch_bytes(width, rows)
+        per_thread = scratch_bytes or cpu.scratch_bytes(width, rows)
         self.scratch = self._take(threads * per_thread)
         start = self.scratch.data_ptr()
         self.name = str(dtype).removeprefix("torch.")
@@ -203,57 +213,117 @@ def norm_linear(context: Context, x: Tensor, norm: Held, matrix: Held, out: Tens
     )
 
 
-def residual_mlp(context: Context, x: Tensor, mlp: Held, out: Tensor, *, residual: bool = True) -> None:
-    """``x + W2 gelu(W1 LN(x) + b1) + b2`` of contiguous ``x`` ``[..., D]``; ``out`` may be ``x``."""
+def _address(tensor: Tensor | None) -> int:
+    """Where a tensor's memory begins, as kernels take it; zero where there is none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def residual_mlp(
+    context: Context,
+    x: Tensor,  # [..., D]
+    mlp: Held,
+    out: Tensor | None,  # [..., D]
+    preactivation: Tensor | None = None,  # [..., E]
+) -> None:
+    """``x + W2 gelu(W1 LN(x) + b1) + b2`` of contiguous ``x``; ``out`` may be ``x``.
+
+    Where the preactivation ``W1 LN(x) + b1`` is kept for a backward pass, ``out`` may be left out.
+    """
     D = x.shape[-1]
-    context.kernels.residual_mlp(
-        context.handle, x.data_ptr(), mlp.handle, residual, out.data_ptr(), x.numel() // D, D
+    addresses = _address(out), _address(preactivation)
+    context.kernels.residual_mlp(context.handle, x.data_ptr(), mlp.handle, *addresses, x.numel() // D, D)
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a linear layer's weight and bias, ``grad^T x`` and the sum of ``grad`` over rows.
+
+    Args:
+        grad: contiguous, ``[..., E]``.
+        x: contiguous, ``[..., D]``, D a multiple of 16.
+
+    Returns:
+        ``[E, D]`` and ``[E]``.
+    """
+    E, D = grad.shape[-1], x.shape[-1]
+    cpu = load().cpu
+    context = Context(x.dtype, D, tile_rows=SHORTEST_TILE, scratch_bytes=cpu.weight_gradient_scratch_bytes(D))
+    grad_weight, grad_bias = x.new_empty(E, D), x.new_empty(E)
+    sums = grad_weight, grad_bias
+    if x.dtype != torch.float32:
+        sums = _arena.tensor((E, D), torch.float32), _arena.tensor((E,), torch.float32)
+    tensors = (grad, x, *sums, grad_weight, grad_bias)
+    cpu.weight_gradient(context.handle, *(t.data_ptr() for t in tensors), grad.numel() // max(1, E), E, D)
+    return grad_weight, grad_bias
+
+
+def norm_linear_backward(
+    grad: Tensor,  # [B, N, E]
+    x: Tensor,  # [B, N, D]
+    norm_weight: Tensor,  # [D]
+    norm_bias: Tensor,  # [D]
+    weight: Tensor,  # [E, D]
+    needs_grad: Sequence[bool],
+    residual: Tensor | None = None,  # [B, N, D]
+) -> list[Tensor | None]:
+    """Gradients of ``W LN(x) + b`` for x, the norm's weight and bias, W and b; ``residual`` joins that of x."""
+    E, D = weight.shape
+    rows = x.numel() // D
+    context = Context(x.dtype, max(E, D))
+    norm, transposed = context.norm(norm_weight, norm_bias), context.matrix(weight.mT, norm_bias)
+    normed = _arena.tensor(x.shape, x.dtype) if needs_grad[3] or needs_grad[4] else None
+    grad_x = torch.empty_like(x)
+    norm_sums = _arena.tensor((context.kernels.tiles(context.handle, rows, 1), 2, D), torch.float32)
+    grad_norm = x.new_empty(2, D)
+    context.kernels.norm_linear_backward(
+        context.handle,
+        *(_address(t) for t in (grad, x, residual)),
+        norm.handle,
+        transposed.handle,
+        *(_address(t) for t in (normed, grad_x, norm_sums, grad_norm)),
+        rows,
+        D,
     )
+    grads = [grad_x, *(g.clone() for g in grad_norm), None, None]
+    if normed is not None:
+        grads[3:] = weight_gradient(grad, normed)
+    return [g if needed else None for g, needed in zip(grads, needs_grad, strict=True)]
 
 
 def mlp_backward(
     grad: Tensor,  # [B, N, D]
     x: Tensor,  # [B, N, D]
+    preactivation: Tensor,  # [B, N, E]
     weights: MLPWeights,
     needs_grad: Sequence[bool],
-    *,
-    residual: bool = False,
 ) -> list[Tensor | None]:
-    """Gradients of ``W2 gelu(W1 LN(x) + b1) + b2``, plus ``x`` if asked for, for x and the six weights."""
-    grad, x = grad.contiguous(), x.contiguous()
-    D, E = weights.weight2.shape
+    """Gradients of ``x + W2 gelu(W1 LN(x) + b1) + b2`` for x and the six weights."""
+    D = x.shape[-1]
     rows = x.numel() // D
     context = Context(x.dtype, D)
-    norm, first = context.norm(*weights[:2]), context.matrix(*weights[2:4])
+    norm = context.norm(*weights[:2])
     second_transposed = context.matrix(weights.weight2.mT, weights.bias1)
     first_transposed = context.matrix(weights.weight1.mT, weights.bias2)
-    normed, hidden = (
-        x.new_empty(rows, width) if needed else None
-        for width, needed in ((D, needs_grad[3]), (E, needs_grad[5]))
-    )
-    grad_preactivation, grad_x = x.new_empty(rows, E), torch.empty_like(x)
-    grad_norm = torch.empty(context.kernels.mlp_backward_tiles(context.handle, rows), 2, D)
+    needs_first, needs_second = any(needs_grad[3:5]), any(needs_grad[5:])
+    normed = _arena.tensor(x.shape, x.dtype) if needs_first else None
+    hidden = _arena.tensor(preactivation.shape, x.dtype) if needs_second else None
+    grad_preactivation = _arena.tensor(preactivation.shape, x.dtype)
+    grad_x = torch.empty_like(x)
+    norm_sums = _arena.tensor((context.kernels.tiles(context.handle, rows, 1), 2, D), torch.float32)
+    grad_norm = x.new_empty(2, D)
     context.kernels.mlp_backward(
         context.handle,
-        x.data_ptr(),
-        grad.data_ptr(),
-        *(held.handle for held in (norm, first, second_transposed, first_transposed)),
-        residual,
-        *(0 if t is None else t.data_ptr() for t in (normed, hidden, grad_preactivation, grad_x, grad_norm)),
+        *(t.data_ptr() for t in (x, grad, preactivation)),
+        *(held.handle for held in (norm, second_transposed, first_transposed)),
+        *(_address(t) for t in (normed, hidden, grad_preactivation, grad_x, norm_sums, grad_norm)),
         rows,
         D,
     )
-    flat = grad.view(rows, D)
-    grads = (
-        lambda: grad_x,
-        lambda: grad_norm[:, 0].sum(0).to(x.dtype),
-        lambda: grad_norm[:, 1].sum(0).to(x.dtype),
-        lambda: grad_preactivation.t() @ normed,
-        lambda: grad_preactivation.sum(0),
-        lambda: flat.t() @ hidden,
-        lambda: flat.sum(0),
-    )
-    return [g() if needed else None for g, needed in zip(grads, needs_grad, strict=True)]
+    grads = [grad_x, *(g.clone() for g in grad_norm), None, None, None, None]
+    if normed is not None:
+        grads[3:5] = weight_gradient(grad_preactivation, normed)
+    if hidden is not None:
+        grads[5:] = weight_gradient(grad, hidden)
+    return [g if needed else None for g, needed in zip(grads, needs_grad, strict=True)]
 
 
 class Attention(NamedTuple):
@@ -285,7 +355,7 @@ def rope_cross_attention(
     out: Tensor | None,  # [B, N, D]
     kept: KeptAttention | None = None,
 ) -> None:
-    """Attend from contiguous queries to all tokens; ``out`` may be ``x``, or is not written if ``kept`` is."""
+    """Attend from contiguous queries to all tokens; ``out`` may be ``x``, and left out where something is kept."""
     norm, query, projection = (held.handle for held in weights)
     context.kernels.rope_cross_attention(
         context.handle,
@@ -297,7 +367,7 @@ def rope_cross_attention(
         query,
         projection,
         inv_freq.data_ptr(),
-        *(0 if t is None else t.data_ptr() for t in (out, *(kept or (None,) * 3))),
+        *(_address(t) for t in (out, *(kept or (None,) * 3))),
         *x.shape,
         heads,
         *token_grid,
@@ -312,8 +382,25 @@ class Film(NamedTuple):
     out_norm: Held
 
 
+class KeptFilm(NamedTuple):
+    """What the backward pass of the FiLM MLP wants of its forward pass."""
+
+    preactivation: Tensor | None  # [B, N, E]
+    local: Tensor | None  # [B, N, D], before the output LayerNorm
+
+
+NOTHING_KEPT = KeptFilm(None, None)
+
+
 def film_mlp_at(
-    context: Context, x: Tensor, coords: Tensor, tokens: Tensor, weights: Film, freqs: Tensor, out: Tensor
+    context: Context,
+    x: Tensor,
+    coords: Tensor,
+    tokens: Tensor,
+    weights: Film,
+    freqs: Tensor,
+    out: Tensor,
+    kept: KeptFilm = NOTHING_KEPT,
 ) -> None:
     """Add the MLP of the nearest token, modulated by where in its cell the query lies; ``out`` may be ``x``."""
     context.kernels.film_mlp_at(
@@ -326,7 +413,7 @@ def film_mlp_at(
         freqs.shape[0],
         weights.mlp.handle,
         weights.out_norm.handle,
-        out.data_ptr(),
+        *(_address(t) for t in (out, *kept)),
         *x.shape,
         *tokens.shape[1:3],
     )
@@ -341,6 +428,7 @@ def film_mlp_from_table(
     token: Tensor,  # [N]
     weights: Film,
     out: Tensor,
+    kept: KeptFilm = NOTHING_KEPT,
 ) -> None:
     """Do what :func:`film_mlp_at` does with gamma and beta from a table; ``out`` may be ``x``."""
     addresses = (t.data_ptr() for t in (x, tokens, table, row, token))
@@ -349,7 +437,7 @@ def film_mlp_from_table(
         *addresses,
         weights.mlp.handle,
         weights.out_norm.handle,
-        out.data_ptr(),
+        *(_address(t) for t in (out, *kept)),
         *x.shape,
         *tokens.shape[1:3],
     )
@@ -358,6 +446,13 @@ def film_mlp_from_table(
 def _packed_image(context: Context, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values ``[B, Hh, T, d]`` as kernels take them, ``[B * Hh, words]`` each."""
     return context.pack(key), context.pack(value.mT)
+
+
+def _parts(kept: Tensor, *parts: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
+    """Divide bytes among tensors of these shapes and dtypes."""
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in parts]
+    pieces = kept.split(sizes)
+    return [piece.view(dtype).view(shape) for piece, (shape, dtype) in zip(pieces, parts, strict=True)]
 
 
 def forward_bilinear_sample(int8: bool, grid: Tensor, coords: Tensor) -> Tensor:
@@ -378,16 +473,25 @@ def forward_norm_linear(int8: bool, x: Tensor, *layer: Tensor) -> Tensor:
     return out
 
 
-def forward_residual_mlp(int8: bool, x: Tensor, *weights: Tensor) -> Tensor:
+def forward_residual_mlp(int8: bool, x: Tensor, *weights: Tensor, kept: Tensor | None = None) -> Tensor:
     """Forward of the operator."""
     x = x.contiguous()
     context = Context(x.dtype, x.shape[-1], int8=int8)
     mlp, out = context.mlp(MLPWeights(*weights)), torch.empty_like(x)
-    residual_mlp(context, x, mlp, out)
+    residual_mlp(context, x, mlp, out, kept)
     return out
 
 
-def forward_rope_cross_attention(int8: bool, x: Tensor, coords: Tensor, *others: Any) -> Tensor:
+def _kept_attention(kept: Tensor, x: Tensor, heads: int) -> KeptAttention:
+    """What an attention keeps, in bytes that it was given."""
+    B, N, D = x.shape
+    rows = (B, N, D), x.dtype
+    return KeptAttention(*_parts(kept, rows, rows, ((B, heads, N), torch.float32)))
+
+
+def forward_rope_cross_attention(
+    int8: bool, x: Tensor, coords: Tensor, *others: Any, kept: Tensor | None = None
+) -> Tensor:
     """Forward of the operator."""
     key, value, *weights, inv_freq, token_h, token_w = others
     x, coords, inv_freq = x.contiguous(), coords.contiguous(), inv_freq.float().contiguous()
@@ -395,13 +499,27 @@ def forward_rope_cross_attention(int8: bool, x: Tensor, coords: Tensor, *others:
     packed_key, packed_value = _packed_image(context, key, value)
     folded, out = context.attention(*weights), torch.empty_like(x)
     addresses = packed_key.data_ptr(), packed_value.data_ptr()
-    token_grid = token_h, token_w
-    rope_cross_attention(context, x, coords, *addresses, folded, inv_freq, key.shape[1], token_grid, out)
+    heads, token_grid = key.shape[1], (token_h, token_w)
+    for_backward = None if kept is None else _kept_attention(kept, x, heads)
+    rope_cross_attention(
+        context, x, coords, *addresses, folded, inv_freq, heads, token_grid, out, for_backward
+    )
     return out
 
 
+def _kept_film(kept: Tensor, x: Tensor, hidden: int) -> KeptFilm:
+    """What a FiLM MLP keeps, in bytes that it was given."""
+    B, N, D = x.shape
+    return KeptFilm(*_parts(kept, ((B, N, hidden), x.dtype), ((B, N, D), x.dtype)))
+
+
 def forward_film_mlp(
-    int8: bool, x: Tensor, coords: Tensor | None, tokens: Tensor, *others: Tensor | None
+    int8: bool,
+    x: Tensor,
+    coords: Tensor | None,
+    tokens: Tensor,
+    *others: Tensor | None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Forward of the operator."""
     position, weights, (table, freqs, row, token) = others[:4], others[4:12], others[12:]
@@ -410,84 +528,220 @@ def forward_film_mlp(
     context = Context(x.dtype, max(x.shape[-1], 2 + 4 * bands), int8=int8)
     mlp, out_norm = context.mlp(MLPWeights(*weights[:6])), context.norm(*weights[6:])
     out = torch.empty_like(x)
+    for_backward = NOTHING_KEPT if kept is None else _kept_film(kept, x, weights[2].shape[0])
     if table is None:
         coords, freqs = coords.contiguous(), freqs.float().contiguous()
         film = Film(context.position(*position), mlp, out_norm)
-        film_mlp_at(context, x, coords, tokens, film, freqs, out)
+        film_mlp_at(context, x, coords, tokens, film, freqs, out, for_backward)
     else:
         table, row, token = context.vector(table), row.contiguous(), token.contiguous()
-        film_mlp_from_table(context, x, tokens, table, row, token, Film(None, mlp, out_norm), out)
+        film = Film(None, mlp, out_norm)
+        film_mlp_from_table(context, x, tokens, table, row, token, film, out, for_backward)
     return out
 
 
-def _attention_pass(
+# Bound by memory: PyTorch does it as well.
+backward_bilinear_sample = bilinear_sample_backward
+
+
+def _needed(grads: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> list[Tensor]:
+    """Gradients that were asked for, as an operator returns them."""
+    return [g.contiguous() for g, needed in zip(grads, needs_grad, strict=True) if needed]
+
+
+def backward_norm_linear(
+    grad: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    needs_grad: list[bool],
+) -> list[Tensor]:
+    """Backward of the operator."""
+    grads = norm_linear_backward(grad, x.contiguous(), norm_weight, norm_bias, weight, needs_grad)
+    return _needed(grads, needs_grad)
+
+
+def backward_residual_mlp(
+    grad: Tensor, x: Tensor, *weights_and_needs: Any, kept: Tensor | None
+) -> list[Tensor]:
+    """Backward of the operator."""
+    *parameters, needs_grad = weights_and_needs
+    weights = MLPWeights(*parameters)
+    x, hidden = x.contiguous(), weights.weight1.shape[0]
+    if kept is None:
+        preactivation = _arena.tensor((*x.shape[:-1], hidden), x.dtype)
+        context = Context(x.dtype, x.shape[-1])
+        residual_mlp(context, x, context.mlp(weights), None, preactivation)
+    else:
+        preactivation = kept.view(x.dtype).view(*x.shape[:-1], hidden)
+    return _needed(mlp_backward(grad, x, preactivation, weights, needs_grad), needs_grad)
+
+
+def backward_rope_cross_attention(
+    grad: Tensor,
     x: Tensor,
     coords: Tensor,
     key: Tensor,
     value: Tensor,
-    weights: AttentionWeights,
-    inv_freq: Tensor,
-    token_grid: tuple[int, int],
-) -> AttentionPass:
-    """Recompute the attention for its backward pass."""
-    x, coords, inv_freq = x.contiguous(), coords.contiguous(), inv_freq.float().contiguous()
-    key, value = key.contiguous(), value.contiguous()
+    *others: Any,
+    kept: Tensor | None,
+) -> list[Tensor]:
+    """Backward of the operator."""
+    *parameters, inv_freq, token_h, token_w, needs_grad = others
+    weights, token_grid = AttentionWeights(*parameters), (token_h, token_w)
+    x, coords, key, value = (t.contiguous() for t in (x, coords, key, value))
+    inv_freq = inv_freq.float().contiguous()
     (B, N, D), (_, heads, T, d) = x.shape, key.shape
     context = Context(x.dtype, D)
-    packed_key, packed_value = _packed_image(context, key, value)
-    folded = context.attention(*weights)
-    kept = KeptAttention(torch.empty_like(x), torch.empty_like(x), torch.empty(B, heads, N))
-    addresses = packed_key.data_ptr(), packed_value.data_ptr()
-    rope_cross_attention(context, x, coords, *addresses, folded, inv_freq, heads, token_grid, None, kept)
+    if kept is None:
+        rows = (_arena.tensor(x.shape, x.dtype) for _ in range(2))
+        known = KeptAttention(*rows, _arena.tensor((B, heads, N), torch.float32))
+        packed = _packed_image(context, key, value)
+        addresses = (t.data_ptr() for t in packed)
+        folded = context.attention(*weights)
+        rope_cross_attention(context, x, coords, *addresses, folded, inv_freq, heads, token_grid, None, known)
+    else:
+        known = _kept_attention(kept, x, heads)
 
-    def backward(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        cpu, threads = context.kernels, torch.get_num_threads()
-        per_thread = cpu.attention_backward_scratch_bytes(T, d)
-        _arena.begin()
-        scratch = _arena.take(threads * per_thread)
-        handle = cpu.Context(context.name, False, threads, SHORTEST_TILE, scratch.data_ptr(), per_thread)
-        # More groups of queries where images and heads are fewer than threads; each has gradients of its own.
-        panels = -(-N // cpu.attention_backward_panel())
-        groups = max(1, min(panels, -(-threads // max(1, B * heads))))
-        grad = grad.contiguous()
-        grad_query = torch.empty(B, N, heads, d)
-        grad_key, grad_value = torch.empty(2, groups, B, heads, T, d)
-        given = (grad, kept.rotated_query, key, value, kept.log2_sum, kept.attended)
-        tensors = (*given, grad_query, grad_key, grad_value)
-        cpu.attention_backward(handle, *(t.data_ptr() for t in tensors), groups, B, N, D, heads, T)
-        return grad_query, grad_key.sum(0), grad_value.sum(0)
+    grad_attended = _arena.tensor(x.shape, x.dtype)
+    transposed = context.matrix(weights.out_weight.mT, torch.zeros(D))
+    norm_linear(context, grad, Held(context.kernels.Norm(0, 0, 0.0), ()), transposed, grad_attended)
 
-    query = kept.rotated_query.float().unflatten(-1, (heads, d)) * (math.sqrt(d) / LOG2_E)
-    return AttentionPass(query, kept.attended, backward)
+    cpu = context.kernels
+    context = Context(
+        x.dtype, D, tile_rows=SHORTEST_TILE, scratch_bytes=cpu.attention_backward_scratch_bytes(T, d)
+    )
+    # More groups of queries where images and heads are fewer than threads; each has gradients of its own.
+    panels = -(-N // cpu.attention_backward_panel())
+    groups = max(1, min(panels, -(-torch.get_num_threads() // max(1, B * heads))))
+    grad_query = _arena.tensor(x.shape, x.dtype)
+    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
+    grad_rotated = torch.empty(x.shape) if needs_grad[1] else None
+    sums = _arena.tensor((2, groups, B, heads, T, d), torch.float32)
+    given = (grad_attended, known.rotated_query, key, value, known.log2_sum, known.attended)
+    cpu.attention_backward(
+        context.handle,
+        *(t.data_ptr() for t in given),
+        *_coords(coords),
+        inv_freq.data_ptr(),
+        *(_address(t) for t in (grad_query, grad_rotated, *sums, grad_key, grad_value)),
+        *(groups, B, N, D, heads, token_h, token_w),
+    )
+
+    grad_coords = grad_weight = grad_bias = None
+    if needs_grad[1]:
+        query = known.rotated_query.float().unflatten(-1, (heads, d)) * (math.sqrt(d) / LOG2_E)
+        grad_rotated = grad_rotated.unflatten(-1, (heads, d))
+        grad_coords = rotation_backward(query, grad_rotated, inv_freq, token_grid).to(coords.dtype)
+    if needs_grad[8] or needs_grad[9]:
+        grad_weight, grad_bias = weight_gradient(grad, known.attended)
+    needs_query = [needs_grad[0], *needs_grad[4:8]]
+    grad_x, *grads_query = norm_linear_backward(
+        grad_query, x, weights.norm_weight, weights.norm_bias, weights.query_weight, needs_query, grad
+    )
+    grads = (grad_x, grad_coords, grad_key, grad_value, *grads_query, grad_weight, grad_bias)
+    return _needed(grads, needs_grad)
 
 
-# Bound by memory and by products that oneDNN does as well.
-backward_bilinear_sample = bilinear_sample_backward
-backward_norm_linear = norm_linear_torch_backward
-
-
-def backward_residual_mlp(grad: Tensor, x: Tensor, *weights_and_needs: Any) -> list[Tensor]:
+def backward_film_mlp(
+    grad: Tensor,
+    x: Tensor,
+    coords: Tensor | None,
+    tokens: Tensor,
+    *others: Any,
+    kept: Tensor | None,
+) -> list[Tensor]:
     """Backward of the operator."""
-    *weights, needs_grad = weights_and_needs
-    grads = mlp_backward(grad, x, MLPWeights(*weights), needs_grad, residual=True)
-    return [g for g in grads if g is not None]
+    *arguments, needs_grad = others
+    position, weights, (table, freqs, row, token) = arguments[:4], arguments[4:12], arguments[12:]
+    mlp, out_norm_weights = MLPWeights(*weights[:6]), weights[6:]
+    D, E = mlp.weight2.shape
+    if kept is None:
+        kept = torch.empty(x.shape[0] * x.shape[1] * (E + D) * x.element_size(), dtype=torch.uint8)
+        forward_film_mlp(False, x, coords, tokens, *arguments, kept=kept)
+    preactivation, local = _kept_film(kept, x, E)
+    tokens = tokens.contiguous()
+    (B, N, _), (h, w) = x.shape, tokens.shape[1:3]
+    needs_coords, needs_tokens = needs_grad[1:3]
+    needs_first, needs_second = any(needs_grad[9:11]), any(needs_grad[11:13])
 
+    cpu = load().cpu
+    bands = 0 if freqs is None else freqs.shape[0]
+    width = max(D, 2 + 4 * bands)
+    tile_rows = cpu.tile_rows(width) // 2
+    scratch_bytes = cpu.film_mlp_backward_scratch_bytes(width, tile_rows)
+    context = Context(x.dtype, width, tile_rows=tile_rows, scratch_bytes=scratch_bytes)
+    norm, out_norm = context.norm(*mlp[:2]), context.norm(*out_norm_weights)
+    second_transposed = context.matrix(mlp.weight2.mT, mlp.bias1)
+    first_transposed = context.matrix(mlp.weight1.mT, mlp.bias2)
 
-def backward_film_mlp(*arguments: Any) -> list[Tensor]:
-    """Backward of the operator."""
+    def rows(width: int, dtype: torch.dtype = x.dtype) -> Tensor:
+        return _arena.tensor((B, N, width), dtype)
 
-    def forward(x: Tensor, weights: MLPWeights) -> Tensor:
-        context = Context(x.dtype, x.shape[-1])
-        out = torch.empty_like(x)
-        residual_mlp(context, x.contiguous(), context.mlp(weights), out, residual=False)
-        return out
+    grad_local, grad_preactivation, grad_gamma_beta = rows(D), rows(E), rows(2 * D)
+    normed, hidden = rows(D) if needs_first else None, rows(E) if needs_second else None
+    nearest, grad_nearest = rows(1, torch.int64), rows(D, torch.float32)
+    norm_sums = _arena.tensor((cpu.tiles(context.handle, N, B), 4, D), torch.float32)
+    grad_norms = x.new_empty(4, D)
+    grad_x = torch.empty_like(x) if needs_grad[0] else None
+    grad_tokens = torch.empty_like(tokens) if needs_tokens else None
+    token_sums = grad_tokens
+    if needs_tokens and x.dtype != torch.float32:
+        token_sums = _arena.tensor(tokens.shape, torch.float32)
+    backward = cpu.FilmMlpBackward(
+        *(t.data_ptr() for t in (grad, tokens, preactivation, local)),
+        *(held.handle for held in (norm, out_norm, second_transposed, first_transposed)),
+        *(_address(t) for t in (grad_local, normed, hidden, grad_preactivation)),
+        *(t.data_ptr() for t in (nearest, grad_nearest, grad_gamma_beta, norm_sums, grad_norms)),
+        *(_address(t) for t in (grad_x, token_sums, grad_tokens)),
+        *(B, N, D, h, w),
+    )
+    if table is not None:
+        known = context.vector(table), row.contiguous(), token.contiguous()
+        backward.from_table(*(t.data_ptr() for t in known))
+    else:
+        coords, freqs = coords.contiguous(), freqs.float().contiguous()
+        weight1, bias1, weight2, _ = position
+        folded = context.position(*position)
+        transposed = (context.matrix(weight.mT, bias1, int8=False) for weight in (weight2, weight1))
+        known = *folded, *transposed
+        padded = -(-weight1.shape[1] // 16) * 16
+        code, position_hidden, grad_position = rows(padded), rows(D), rows(D)
+        grad_code = rows(padded, torch.float32) if needs_coords else None
+        backward.from_coordinates(
+            *_coords(coords),
+            *(held.handle for held in known),
+            freqs.data_ptr(),
+            bands,
+            *(_address(t) for t in (code, position_hidden, grad_position, grad_code)),
+        )
+    cpu.film_mlp_backward(context.handle, backward)
 
-    return film_backward_by(MLPPasses(forward, mlp_backward), *arguments)
-
-
-def backward_rope_cross_attention(*arguments: Any) -> list[Tensor]:
-    """Backward of the operator."""
-    return attention_backward_by(_attention_pass, *arguments)
+    grad_coords = grad_table = None
+    grads_first = grads_second = (None, None)
+    if needs_first:
+        grads_first = weight_gradient(grad_preactivation, normed)
+    if needs_second:
+        grads_second = weight_gradient(grad_local, hidden)
+    if any(needs_grad[3:7]):
+        grad_weight1, grad_bias1 = weight_gradient(grad_position, code)
+        grads_position = grad_weight1[:, : weight1.shape[1]], grad_bias1
+        grads_position += weight_gradient(grad_gamma_beta, position_hidden)
+    else:
+        grads_position = (None,) * 4
+    if needs_grad[15]:
+        grad_table = torch.zeros(table.shape).index_add_(0, row, grad_gamma_beta.float().sum(0))
+        grad_table = grad_table.to(table.dtype)
+    if needs_coords:
+        _, relative = nearest_token(coords, (h, w))
+        grad_code = grad_code[..., : weight1.shape[1]]
+        grad_coords = position_code_backward(grad_code, relative, freqs, (h, w)).to(coords.dtype)
+    grads_norm, grads_out_norm = (tuple(g.clone() for g in pair) for pair in grad_norms.split(2))
+    grads_mlp = (*grads_norm, *grads_first, *grads_second)
+    grads = (grad_x, grad_coords, grad_tokens, *grads_position, *grads_mlp, *grads_out_norm, grad_table)
+    return _needed(grads, needs_grad)
 
 
 class Block(NamedTuple):

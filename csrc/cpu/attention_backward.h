@@ -7,7 +7,7 @@ template <class Operand>
 inline int64_t attention_backward_scratch(int64_t T, int64_t d) {
   const int64_t tiles = TOKEN_BLOCK * (3 * PANEL + 2 * round_up(PANEL, 16)), panels = 5 * PANEL * round_up(d, 16);
   const int64_t matrices = d * round_up(T, 16) + 2 * T * d;
-  return round_up(4 * (tiles + panels + matrices + 2 * PANEL) + 16 * 64, 4096);
+  return round_up(4 * (tiles + panels + matrices + 2 * PANEL + 3 * d) + 19 * 64, 4096);
 }
 
 // Rows of a matrix as operands: the rows themselves where they are held so, else converted.
@@ -36,27 +36,27 @@ inline void pack_tile(const float* rows, int64_t count, int32_t* to) {
     }
 }
 
-template <class T, class Operand>
+template <class T, class C, class Operand>
 inline void attention_backward(const Common& common, const AttentionBackward& a) {
   constexpr bool PRECISE = sizeof(T) == 4;
-  const int64_t D = a.D, d = D / a.heads, panels = (a.N + PANEL - 1) / PANEL;
+  const int64_t D = a.D, d = D / a.heads, all_tokens = a.token_h * a.token_w, panels = (a.N + PANEL - 1) / PANEL;
   const float scale = 1.0f / __builtin_sqrtf((float)d), ln_2 = 0.693147181f;
   for_each(common.parallel, a.G * a.B * a.heads, [&](int64_t task, int64_t thread) {
     const int64_t group = task / (a.B * a.heads), image = task / a.heads % a.B, head = task % a.heads;
     const int64_t matrix = image * a.heads + head;
     Scratch scratch{common.scratch + thread * common.scratch_bytes};
-    const T* key = (const T*)a.key + matrix * a.T * d;
-    const Rows<Operand> keys = as_operands<Operand>(key, a.T, d, scratch);
-    const Rows<Operand> values = as_operands<Operand>((const T*)a.value + matrix * a.T * d, a.T, d, scratch);
-    const Rows<Operand> channels = Rows<Operand>::take(scratch, d, a.T);  // keys transposed
-    for (int64_t i = 0; i < word_count<Operand>(a.T); ++i)
+    const T* key = (const T*)a.key + matrix * all_tokens * d;
+    const Rows<Operand> keys = as_operands<Operand>(key, all_tokens, d, scratch);
+    const Rows<Operand> values = as_operands<Operand>((const T*)a.value + matrix * all_tokens * d, all_tokens, d, scratch);
+    const Rows<Operand> channels = Rows<Operand>::take(scratch, d, all_tokens);  // keys transposed
+    for (int64_t i = 0; i < word_count<Operand>(all_tokens); ++i)
       for (int64_t c = 0; c < d; ++c) {
         const int64_t first = i * Operand::PER_WORD;
-        channels.words[c * channels.stride + i] = packed_word<Operand>(key + first * d + c, d, a.T - first, 0, 0.0f);
+        channels.words[c * channels.stride + i] = packed_word<Operand>(key + first * d + c, d, all_tokens - first, 0, 0.0f);
       }
-    float* grad_key = a.grad_key + task * a.T * d;
-    float* grad_value = a.grad_value + task * a.T * d;
-    for (int64_t i = 0; i < a.T * d; i += LANES) {
+    float* grad_key = a.key_sums + task * all_tokens * d;
+    float* grad_value = a.value_sums + task * all_tokens * d;
+    for (int64_t i = 0; i < all_tokens * d; i += LANES) {
       store(grad_key + i, Floats{});
       store(grad_value + i, Floats{});
     }
@@ -73,6 +73,9 @@ inline void attention_backward(const Common& common, const AttentionBackward& a)
     float* grad_query = scratch.take<float>(d * PANEL);
     float* log2_sum = scratch.take<float>(PANEL);
     float* delta = scratch.take<float>(PANEL);
+    float* row = scratch.take<float>(d);
+    float* cosines = scratch.take<float>(d);
+    float* sines = scratch.take<float>(d);
 
     for (int64_t panel = panels * group / a.G; panel < panels * (group + 1) / a.G; ++panel) {
       const int64_t begin = panel * PANEL, count = smaller(PANEL, a.N - begin), offset = (image * a.N + begin) * D + head * d;
@@ -95,8 +98,8 @@ inline void attention_backward(const Common& common, const AttentionBackward& a)
           for (int64_t i = 0; i < d; i += LANES) products += load(grad + j * D + i) * load(attended + j * D + i);
         delta[j] = sum(products);
       }
-      for (int64_t first = 0; first < a.T; first += TOKEN_BLOCK) {
-        const int64_t tokens = smaller(TOKEN_BLOCK, a.T - first);
+      for (int64_t first = 0; first < all_tokens; first += TOKEN_BLOCK) {
+        const int64_t tokens = smaller(TOKEN_BLOCK, all_tokens - first);
         multiply(keys.from_row(first), tokens, query_columns, PANEL, d, 0, PANEL, 0, d, probability, PANEL, false);
         multiply(values.from_row(first), tokens, grad_columns, PANEL, d, 0, PANEL, 0, d, grad_score, PANEL, false);
         for (int64_t t = 0; t < tokens; ++t) {
@@ -117,11 +120,29 @@ inline void attention_backward(const Common& common, const AttentionBackward& a)
         part.words += first / Operand::PER_WORD;
         multiply(part, d, packed_grad_score, PANEL, tokens, 0, PANEL, 0, tokens, grad_query, PANEL, first > 0);
       }
-      float* out = a.grad_query + offset;
-      for (int64_t j = 0; j < count; ++j)
-        for (int64_t c = 0; c < d; ++c) out[j * D + c] = grad_query[c * PANEL + j] * scale;
+      for (int64_t j = 0; j < count; ++j) {
+        for (int64_t c = 0; c < d; ++c) row[c] = grad_query[c * PANEL + j] * scale;
+        const C* xy = (const C*)a.coords.xy + 2 * (image * a.N + begin + j);
+        rotation(xy[0] * (C)a.token_w, xy[1] * (C)a.token_h, a.inv_freq, d, cosines, sines);
+        for (int64_t i = 0; i < d; i += LANES) {
+          const Floats g = load(row + i);
+          if (a.grad_rotated) store(a.grad_rotated + offset + j * D + i, g);
+          store((T*)a.grad_query + offset + j * D + i, g * load(cosines + i) - swapped_pairs(g) * load(sines + i));
+        }
+      }
     }
-    // The queries came with a factor of log2(e).
-    for (int64_t i = 0; i < a.T * d; i += LANES) store(grad_key + i, load(grad_key + i) * ln_2);
+  });
+  const int64_t size = all_tokens * d, matrices = a.B * a.heads;
+  for_each(common.parallel, 2 * matrices, [&](int64_t task, int64_t) {
+    const bool is_key = task < matrices;
+    const int64_t matrix = is_key ? task : task - matrices;
+    const float* sums = (is_key ? a.key_sums : a.value_sums) + matrix * size;
+    T* out = (T*)(is_key ? a.grad_key : a.grad_value) + matrix * size;
+    const float factor = is_key ? ln_2 : 1.0f;  // the queries came with a factor of log2(e)
+    for (int64_t i = 0; i < size; i += LANES) {
+      Floats total = load(sums + i);
+      for (int64_t group = 1; group < a.G; ++group) total += load(sums + group * matrices * size + i);
+      store(out + i, total * factor);
+    }
   });
 }

@@ -127,21 +127,43 @@ void bind_cpu(py::module_ m) {
       release);
   m.def(
       "residual_mlp",
-      [](const Context& c, Address x, const Mlp& mlp, bool residual, Address out, int64_t M, int64_t D) {
-        kernels().residual_mlp(c.common(), {pointer<const void>(x), mlp, residual, pointer<void>(out), M, D});
+      [](const Context& c, Address x, const Mlp& mlp, Address out, Address preactivation, int64_t M, int64_t D) {
+        kernels().residual_mlp(
+            c.common(), {pointer<const void>(x), mlp, pointer<void>(out), pointer<void>(preactivation), M, D});
       },
       release);
-  m.def("mlp_backward_tiles",
-        [](const Context& c, int64_t rows) { return kernels().mlp_backward_tiles(c.common(), rows); });
+  m.def("tiles",
+        [](const Context& c, int64_t rows, int64_t images) { return kernels().tiles(c.common(), rows, images); });
+  m.def(
+      "norm_linear_backward",
+      [](const Context& c, Address grad, Address x, Address residual, const Norm& norm, const Matrix& transposed,
+         Address normed, Address grad_x, Address norm_sums, Address grad_norm, int64_t M, int64_t D) {
+        kernels().norm_linear_backward(
+            c.common(), {pointer<const void>(grad), pointer<const void>(x), pointer<const void>(residual), norm, transposed,
+                         pointer<void>(normed), pointer<void>(grad_x), pointer<float>(norm_sums),
+                         pointer<void>(grad_norm), M, D});
+      },
+      release);
+  m.def("weight_gradient_scratch_bytes", [](int64_t inputs) { return kernels().weight_gradient_scratch_bytes(inputs); });
+  m.def(
+      "weight_gradient",
+      [](const Context& c, Address grad, Address x, Address sums, Address bias_sums, Address grad_weight, Address grad_bias,
+         int64_t M, int64_t E, int64_t D) {
+        kernels().weight_gradient(
+            c.common(), {pointer<const void>(grad), pointer<const void>(x), pointer<float>(sums), pointer<float>(bias_sums),
+                         pointer<void>(grad_weight), pointer<void>(grad_bias), M, E, D});
+      },
+      release);
   m.def(
       "mlp_backward",
-      [](const Context& c, Address x, Address grad, const Norm& norm, const Matrix& first,
-         const Matrix& second_transposed, const Matrix& first_transposed, bool residual, Address normed, Address hidden,
-         Address grad_preactivation, Address grad_x, Address grad_norm, int64_t M, int64_t D) {
+      [](const Context& c, Address x, Address grad, Address preactivation, const Norm& norm,
+         const Matrix& second_transposed, const Matrix& first_transposed, Address normed, Address hidden,
+         Address grad_preactivation, Address grad_x, Address norm_sums, Address grad_norm, int64_t M, int64_t D) {
         kernels().mlp_backward(
-            c.common(), {pointer<const void>(x), pointer<const void>(grad), norm, first, second_transposed,
-                         first_transposed, residual, pointer<void>(normed), pointer<void>(hidden),
-                         pointer<void>(grad_preactivation), pointer<void>(grad_x), pointer<float>(grad_norm), M, D});
+            c.common(), {pointer<const void>(x), pointer<const void>(grad), pointer<const void>(preactivation), norm,
+                         second_transposed, first_transposed, pointer<void>(normed), pointer<void>(hidden),
+                         pointer<void>(grad_preactivation), pointer<void>(grad_x), pointer<float>(norm_sums),
+                         pointer<void>(grad_norm), M, D});
       },
       release);
   m.def(
@@ -165,22 +187,26 @@ void bind_cpu(py::module_ m) {
   m.def(
       "attention_backward",
       [](const Context& c, Address grad, Address rotated_query, Address key, Address value, Address log2_sum,
-         Address attended, Address grad_query, Address grad_key, Address grad_value, int64_t G, int64_t B, int64_t N,
-         int64_t D, int64_t heads, int64_t T) {
+         Address attended, Address coords, bool float64, Address inv_freq, Address grad_query, Address grad_rotated,
+         Address key_sums, Address value_sums, Address grad_key, Address grad_value, int64_t G, int64_t B, int64_t N,
+         int64_t D, int64_t heads, int64_t token_h, int64_t token_w) {
         kernels().attention_backward(
-            c.common(), {pointer<const void>(grad), pointer<const void>(rotated_query), pointer<const void>(key),
-                         pointer<const void>(value), pointer<const float>(log2_sum), pointer<const void>(attended),
-                         pointer<float>(grad_query), pointer<float>(grad_key), pointer<float>(grad_value), G, B, N, D,
-                         heads, T});
+            c.common(),
+            {pointer<const void>(grad), pointer<const void>(rotated_query), pointer<const void>(key),
+             pointer<const void>(value), pointer<const float>(log2_sum), pointer<const void>(attended),
+             {pointer<const void>(coords), float64}, pointer<const float>(inv_freq), pointer<void>(grad_query),
+             pointer<float>(grad_rotated), pointer<float>(key_sums), pointer<float>(value_sums), pointer<void>(grad_key),
+             pointer<void>(grad_value), G, B, N, D, heads, token_h, token_w});
       },
       release);
   m.def(
       "film_mlp_at",
       [](const Context& c, Address x, Address tokens, Address coords, bool float64, const Matrix& position,
          const Matrix& gamma, const Matrix& beta, Address freqs, int64_t bands, const Mlp& mlp, const Norm& out_norm,
-         Address out, int64_t B, int64_t N, int64_t D, int64_t token_h, int64_t token_w) {
+         Address out, Address preactivation, Address local, int64_t B, int64_t N, int64_t D, int64_t token_h, int64_t token_w) {
         FilmMlp a{};
         a.x = pointer<const void>(x), a.tokens = pointer<const void>(tokens), a.out = pointer<void>(out);
+        a.preactivation = pointer<void>(preactivation), a.local = pointer<void>(local);
         a.coords = {pointer<const void>(coords), float64};
         a.position = position, a.gamma = gamma, a.beta = beta;
         a.freqs = pointer<const float>(freqs), a.bands = bands;
@@ -192,13 +218,58 @@ void bind_cpu(py::module_ m) {
   m.def(
       "film_mlp_from_table",
       [](const Context& c, Address x, Address tokens, Address table, Address row, Address token, const Mlp& mlp,
-         const Norm& out_norm, Address out, int64_t B, int64_t N, int64_t D, int64_t token_h, int64_t token_w) {
+         const Norm& out_norm, Address out, Address preactivation, Address local, int64_t B, int64_t N, int64_t D,
+         int64_t token_h, int64_t token_w) {
         FilmMlp a{};
         a.x = pointer<const void>(x), a.tokens = pointer<const void>(tokens), a.out = pointer<void>(out);
+        a.preactivation = pointer<void>(preactivation), a.local = pointer<void>(local);
         a.table = pointer<const float>(table), a.row = pointer<const int64_t>(row), a.token = pointer<const int64_t>(token);
         a.mlp = mlp, a.out_norm = out_norm;
         a.B = B, a.N = N, a.D = D, a.token_h = token_h, a.token_w = token_w;
         kernels().film_mlp(c.common(), a);
       },
       release);
+  py::class_<FilmMlpBackward>(m, "FilmMlpBackward")
+      .def(py::init([](Address grad, Address tokens, Address preactivation, Address local, const Norm& norm,
+                       const Norm& out_norm, const Matrix& second_transposed, const Matrix& first_transposed,
+                       Address grad_local, Address normed, Address hidden, Address grad_preactivation, Address nearest,
+                       Address grad_nearest, Address grad_gamma_beta, Address norm_sums, Address grad_norms,
+                       Address grad_x, Address token_sums, Address grad_tokens, int64_t B, int64_t N, int64_t D,
+                       int64_t token_h, int64_t token_w) {
+        FilmMlpBackward a{};
+        a.grad = pointer<const void>(grad), a.tokens = pointer<const void>(tokens);
+        a.preactivation = pointer<const void>(preactivation), a.local = pointer<const void>(local);
+        a.norm = norm, a.out_norm = out_norm;
+        a.second_transposed = second_transposed, a.first_transposed = first_transposed;
+        a.grad_local = pointer<void>(grad_local), a.normed = pointer<void>(normed), a.hidden = pointer<void>(hidden);
+        a.grad_preactivation = pointer<void>(grad_preactivation), a.nearest = pointer<int64_t>(nearest);
+        a.grad_nearest = pointer<float>(grad_nearest), a.grad_gamma_beta = pointer<void>(grad_gamma_beta);
+        a.norm_sums = pointer<float>(norm_sums), a.grad_norms = pointer<void>(grad_norms);
+        a.grad_x = pointer<void>(grad_x);
+        a.token_sums = pointer<float>(token_sums), a.grad_tokens = pointer<void>(grad_tokens);
+        a.B = B, a.N = N, a.D = D, a.token_h = token_h, a.token_w = token_w;
+        return a;
+      }))
+      .def("from_table",
+           [](FilmMlpBackward& a, Address table, Address row, Address token) {
+             a.table = pointer<const float>(table), a.row = pointer<const int64_t>(row);
+             a.token = pointer<const int64_t>(token);
+           })
+      .def("from_coordinates",
+           [](FilmMlpBackward& a, Address coords, bool float64, const Matrix& position, const Matrix& gamma,
+              const Matrix& beta, const Matrix& second_transposed, const Matrix& first_transposed, Address freqs,
+              int64_t bands, Address code, Address hidden, Address grad_preactivation, Address grad_code) {
+             a.coords = {pointer<const void>(coords), float64};
+             a.position = position, a.gamma = gamma, a.beta = beta;
+             a.position_second_transposed = second_transposed, a.position_first_transposed = first_transposed;
+             a.freqs = pointer<const float>(freqs), a.bands = bands;
+             a.code = pointer<void>(code), a.position_hidden = pointer<void>(hidden);
+             a.grad_position_preactivation = pointer<void>(grad_preactivation), a.grad_code = pointer<float>(grad_code);
+           });
+  m.def(
+      "film_mlp_backward",
+      [](const Context& c, const FilmMlpBackward& a) { kernels().film_mlp_backward(c.common(), a); }, release);
+  m.def("film_mlp_backward_scratch_bytes", [](int64_t width, int64_t tile_rows) {
+    return kernels().film_mlp_backward_scratch_bytes(width, tile_rows);
+  });
 }

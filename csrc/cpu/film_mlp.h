@@ -15,9 +15,19 @@ inline void position_code(C x, C y, const float* freqs, int64_t bands, float* co
     }
 }
 
-// m [rows, D] of queries with gamma and beta computed from their coordinates.
-template <class T, class C, class Operand>
-inline void modulate_at(const FilmMlp& a, int64_t image, int64_t begin, int64_t rows, Scratch scratch, float* m) {
+// What the backward pass wants of the modulation of a tile.
+template <class T>
+struct Modulation {
+  float* gamma;      // [rows, D]
+  T* preactivation;  // [rows, D]
+  T* code;           // [rows, P]
+  int64_t* nearest;  // [rows], of all images' tokens
+};
+
+// m [rows, D] of queries with gamma and beta computed from their coordinates; Arguments is FilmMlp or its backward pass.
+template <class T, class C, class Operand, class Arguments>
+inline void modulate_at(const Arguments& a, int64_t image, int64_t begin, int64_t rows, Scratch scratch, float* m,
+                        const Modulation<T>* kept = nullptr) {
   constexpr bool PRECISE = sizeof(T) == 4;
   const int64_t padded = round_up(2 + 4 * a.bands, 16);
   float* code = scratch.take<float>(padded);
@@ -28,12 +38,19 @@ inline void modulate_at(const FilmMlp& a, int64_t image, int64_t begin, int64_t 
     tokens[r] = nearest.token;
     position_code(nearest.x, nearest.y, a.freqs, a.bands, code, padded);
     encode(codes, r, 0, code, padded);
+    if (kept) {
+      kept->nearest[r] = image * a.token_h * a.token_w + nearest.token;
+      for (int64_t i = 0; i < padded; i += LANES) store(kept->code + r * padded + i, load(code + i));
+    }
   }
   const Rows<Operand> hidden = Rows<Operand>::take(scratch, rows, a.D);
   multiply(codes, rows, a.position.words, a.D, a.position.k, 0, a.D, 0, a.position.k, m, a.D, false);
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < a.D; i += LANES)
-      store(m + r * a.D + i, gelu<PRECISE>(load(m + r * a.D + i) + load(a.position.bias + i)));
+    for (int64_t i = 0; i < a.D; i += LANES) {
+      const Floats preactivation = load(m + r * a.D + i) + load(a.position.bias + i);
+      if (kept) store(kept->preactivation + r * a.D + i, preactivation);
+      store(m + r * a.D + i, gelu<PRECISE>(preactivation));
+    }
     encode(hidden, r, 0, m + r * a.D, a.D);
   }
   float* gamma = scratch.take<float>(rows * PANEL);
@@ -48,44 +65,142 @@ inline void modulate_at(const FilmMlp& a, int64_t image, int64_t begin, int64_t 
         const Floats token = load(image_tokens + tokens[r] * a.D + d + i);
         const Floats scale = load(gamma + r * PANEL + i) + load(a.gamma.bias + d + i);
         const Floats shift = load(beta + r * PANEL + i) + load(a.beta.bias + d + i);
+        if (kept) store(kept->gamma + r * a.D + d + i, scale);
         store(m + r * a.D + d + i, token + token * scale + shift);
       }
   }
 }
 
+// m [rows, D] of queries whose gamma and beta are rows of a table.
+template <class T, class Arguments>
+inline void modulate_from_table(const Arguments& a, int64_t image, int64_t begin, int64_t rows, float* m,
+                                const Modulation<T>* kept = nullptr) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* gamma = a.table + a.row[begin + r] * 2 * a.D;
+    const int64_t nearest = image * a.token_h * a.token_w + a.token[begin + r];
+    if (kept) kept->nearest[r] = nearest;
+    for (int64_t i = 0; i < a.D; i += LANES) {
+      const Floats token = load((const T*)a.tokens + nearest * a.D + i);
+      if (kept) store(kept->gamma + r * a.D + i, load(gamma + i));
+      store(m + r * a.D + i, token + token * load(gamma + i) + load(gamma + a.D + i));
+    }
+  }
+}
+
 template <class T, class C, class Operand, class Native>
 inline void film_mlp(const Common& common, const FilmMlp& a) {
-  constexpr bool PRECISE = sizeof(T) == 4;
   const int64_t D = a.D, step = balanced_rows(common, a.N, a.B), tiles = (a.N + step - 1) / step;
   for_each(common.parallel, a.B * tiles, [&](int64_t task, int64_t thread) {
     const int64_t image = task / tiles, begin = task % tiles * step, rows = smaller(step, a.N - begin);
     Scratch scratch{common.scratch + thread * common.scratch_bytes};
     float* m = scratch.take<float>(rows * D);
     const Rows<Operand> normed = Rows<Operand>::take(scratch, rows, D);
-    if (a.coords.xy) {
+    if (a.coords.xy)
       modulate_at<T, C, Native>(a, image, begin, rows, scratch, m);
-    } else {
-      for (int64_t r = 0; r < rows; ++r) {
-        const float* gamma = a.table + a.row[begin + r] * 2 * D;
-        const T* token = (const T*)a.tokens + (image * a.token_h * a.token_w + a.token[begin + r]) * D;
-        for (int64_t i = 0; i < D; i += LANES) {
-          const Floats t = load(token + i);
-          store(m + r * D + i, t + t * load(gamma + i) + load(gamma + D + i));
-        }
-      }
-    }
+    else
+      modulate_from_table<T>(a, image, begin, rows, m);
     for (int64_t r = 0; r < rows; ++r) {
       layer_norm(m + r * D, a.mlp.norm, D, m + r * D);
       encode(normed, r, 0, m + r * D, D);
     }
-    two_layers<Operand, PRECISE>(normed, rows, a.mlp.first, a.mlp.second, scratch, m, D);
+    T* preactivation = a.preactivation ? (T*)a.preactivation + (image * a.N + begin) * a.mlp.first.n : nullptr;
+    two_layers(normed, rows, a.mlp.first, a.mlp.second, scratch, m, D, preactivation);
     const T* x = (const T*)a.x + (image * a.N + begin) * D;
     T* out = (T*)a.out + (image * a.N + begin) * D;
     for (int64_t r = 0; r < rows; ++r) {
       float* local = m + r * D;
-      for (int64_t i = 0; i < D; i += LANES) store(local + i, load(local + i) + load(a.mlp.second.bias + i));
+      for (int64_t i = 0; i < D; i += LANES) {
+        store(local + i, load(local + i) + load(a.mlp.second.bias + i));
+        if (a.local) store((T*)a.local + (image * a.N + begin + r) * D + i, load(local + i));
+      }
       layer_norm(local, a.out_norm, D, local);
       for (int64_t i = 0; i < D; i += LANES) store(out + r * D + i, load(x + r * D + i) + load(local + i));
     }
   });
+}
+
+// Adds the gradients of gathered tokens to those that they were gathered from; in the order of queries, so that sums do
+// not depend on threads.
+template <class T>
+inline void scatter_to_tokens(const Common& common, const FilmMlpBackward& a) {
+  constexpr int64_t COLUMNS = 64;
+  const int64_t tokens = a.token_h * a.token_w, parts = (a.D + COLUMNS - 1) / COLUMNS;
+  for_each(common.parallel, a.B * parts, [&](int64_t task, int64_t) {
+    const int64_t image = task / parts, begin = task % parts * COLUMNS, width = smaller(COLUMNS, a.D - begin);
+    for (int64_t t = image * tokens; t < (image + 1) * tokens; ++t)
+      for (int64_t i = 0; i < width; i += LANES) store(a.token_sums + t * a.D + begin + i, Floats{});
+    for (int64_t q = image * a.N; q < (image + 1) * a.N; ++q) {
+      float* to = a.token_sums + a.nearest[q] * a.D + begin;
+      for (int64_t i = 0; i < width; i += LANES) store(to + i, load(to + i) + load(a.grad_nearest + q * a.D + begin + i));
+    }
+    if ((void*)a.token_sums != a.grad_tokens)
+      for (int64_t t = image * tokens; t < (image + 1) * tokens; ++t)
+        for (int64_t i = 0; i < width; i += LANES) {
+          const int64_t at = t * a.D + begin + i;
+          store((T*)a.grad_tokens + at, load(a.token_sums + at));
+        }
+  });
+}
+
+template <class T, class C, class Operand>
+inline void film_mlp_backward(const Common& common, const FilmMlpBackward& a) {
+  const int64_t D = a.D, E = a.second_transposed.n, P = round_up(2 + 4 * a.bands, 16);
+  const int64_t step = balanced_rows(common, a.N, a.B), tiles = (a.N + step - 1) / step;
+  for_each(common.parallel, a.B * tiles, [&](int64_t task, int64_t thread) {
+    const int64_t image = task / tiles, begin = task % tiles * step, rows = smaller(step, a.N - begin);
+    const int64_t first = image * a.N + begin;
+    Scratch scratch{common.scratch + thread * common.scratch_bytes};
+    float* row = scratch.take<float>(2 * D);
+    float* rstd = scratch.take<float>(rows);
+    float* centred = scratch.take<float>(rows * D);
+    float* gamma = scratch.take<float>(rows * D);
+    float* grad_normed = scratch.take<float>(rows * D);
+    T* preactivation = scratch.take<T>(rows * D);
+    T* code = (T*)a.code + first * P;
+    const Modulation<T> kept{gamma, preactivation, code, a.nearest + first};
+    if (a.coords.xy)
+      modulate_at<T, C, Operand>(a, image, begin, rows, scratch, centred, &kept);
+    else
+      modulate_from_table<T>(a, image, begin, rows, centred, &kept);
+
+    float* grad_norm = a.norm_sums + task * 4 * D;
+    for (int64_t i = 0; i < 4 * D; i += LANES) store(grad_norm + i, Floats{});
+    float* grad_out_norm = grad_norm + 2 * D;
+    const Rows<Operand> grads = Rows<Operand>::take(scratch, rows, 2 * D);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (first + r) * D;
+      float* local = row + D;
+      widen((const T*)a.local + at, D, local);
+      const float local_rstd = centre(local, a.out_norm, D, local);
+      widen((const T*)a.grad + at, D, row);
+      layer_norm_backward(row, local, local_rstd, a.out_norm, D, grad_out_norm, grad_out_norm + D, row);
+      encode(grads, r, 0, row, D);
+      for (int64_t i = 0; i < D; i += LANES) store((T*)a.grad_local + at + i, load(row + i));
+      if (a.grad_x) __builtin_memcpy((T*)a.grad_x + at, (const T*)a.grad + at, D * sizeof(T));
+      rstd[r] = centre(centred + r * D, a.norm, D, centred + r * D);
+      if (a.normed) scale_and_shift(centred + r * D, rstd[r], a.norm, D, (T*)a.normed + at);
+    }
+    two_layers_backward(grads, rows, (const T*)a.preactivation + first * E, a.second_transposed, a.first_transposed, scratch,
+                        a.hidden ? (T*)a.hidden + first * E : nullptr, (T*)a.grad_preactivation + first * E, grad_normed, D);
+
+    // From here on `grads` holds the gradients of gamma and beta.
+    for (int64_t r = 0; r < rows; ++r) {
+      layer_norm_backward(grad_normed + r * D, centred + r * D, rstd[r], a.norm, D, grad_norm, grad_norm + D, row);
+      const T* token = (const T*)a.tokens + a.nearest[first + r] * D;
+      for (int64_t i = 0; i < D; i += LANES) {
+        const Floats g = load(row + i);
+        store(a.grad_nearest + (first + r) * D + i, g + g * load(gamma + r * D + i));
+        store(row + D + i, g);
+        store(row + i, g * load(token + i));
+      }
+      for (int64_t i = 0; i < 2 * D; i += LANES) store((T*)a.grad_gamma_beta + (first + r) * 2 * D + i, load(row + i));
+      encode(grads, r, 0, row, 2 * D);
+    }
+    if (a.coords.xy)
+      two_layers_backward(grads, rows, preactivation, a.position_second_transposed, a.position_first_transposed, scratch,
+                          (T*)a.position_hidden + first * D, (T*)a.grad_position_preactivation + first * D,
+                          a.grad_code ? a.grad_code + first * P : nullptr, P);
+  });
+  sum_tiles(a.norm_sums, a.B * tiles, 4 * D, (T*)a.grad_norms);
+  if (a.grad_tokens) scatter_to_tokens<T>(common, a);
 }

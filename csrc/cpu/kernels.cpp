@@ -39,6 +39,7 @@ inline void for_each(const Parallel& parallel, int64_t tasks, const Body& body) 
 #include "project_image.h"
 // Needs packing.
 #include "attention_backward.h"
+#include "weight_gradient.h"
 
 // How operands are held natively for tensors of a dtype.
 template <class T>
@@ -150,16 +151,35 @@ void mlp_backward_of(const Common& common, const MlpBackward& a) {
   });
 }
 
-int64_t mlp_backward_tiles_of(const Common& common, int64_t rows) {
-  const int64_t step = balanced_rows(common, rows, 1);
-  return (rows + step - 1) / step;
+int64_t tiles_of(const Common& common, int64_t rows, int64_t images) {
+  const int64_t step = balanced_rows(common, rows, images);
+  return images * ((rows + step - 1) / step);
 }
+
+void norm_linear_backward_of(const Common& common, const NormLinearBackward& a) {
+  for_operand(common.dtype, Precision::native, [&](auto tag, auto operand) {
+    if constexpr (decltype(operand)::type::PER_WORD <= 2)
+      norm_linear_backward<typename decltype(tag)::type, typename decltype(operand)::type>(common, a);
+  });
+}
+
+void weight_gradient_of(const Common& common, const WeightGradient& a) {
+  for_operand(common.dtype, Precision::native, [&](auto tag, auto operand) {
+    if constexpr (decltype(operand)::type::PER_WORD <= 2)
+      weight_gradient<typename decltype(tag)::type, typename decltype(operand)::type>(common, a);
+  });
+}
+
+int64_t weight_gradient_scratch_of(int64_t inputs) { return weight_gradient_scratch(inputs); }
 
 // Gradients always come from products in the precision of the tensors.
 void attention_backward_of(const Common& common, const AttentionBackward& a) {
   for_operand(common.dtype, Precision::native, [&](auto tag, auto operand) {
-    if constexpr (decltype(operand)::type::PER_WORD <= 2)
-      attention_backward<typename decltype(tag)::type, typename decltype(operand)::type>(common, a);
+    for_coordinates(a.coords, [&](auto coordinate) {
+      if constexpr (decltype(operand)::type::PER_WORD <= 2)
+        attention_backward<typename decltype(tag)::type, typename decltype(coordinate)::type,
+                           typename decltype(operand)::type>(common, a);
+    });
   });
 }
 
@@ -179,16 +199,47 @@ void film_mlp_of(const Common& common, const FilmMlp& a) {
   });
 }
 
+void film_mlp_backward_of(const Common& common, const FilmMlpBackward& a) {
+  for_operand(common.dtype, Precision::native, [&](auto tag, auto operand) {
+    for_coordinates(a.coords, [&](auto coordinate) {
+      if constexpr (decltype(operand)::type::PER_WORD <= 2)
+        film_mlp_backward<typename decltype(tag)::type, typename decltype(coordinate)::type,
+                          typename decltype(operand)::type>(common, a);
+    });
+  });
+}
+
+int64_t film_mlp_backward_scratch_of(int64_t width, int64_t rows) {
+  const int64_t wide = 8 * (width + 32) * 4, chunk = 4 * HIDDEN_CHUNK * 2 + 4 * PANEL * 2 + 64;
+  return round_up(rows * (wide + chunk) + 32 * (width + 256), 4096);
+}
+
 }  // namespace
 
 #define VITUP_JOIN(a, b) a##b
 #define VITUP_TABLE(isa) VITUP_JOIN(kernels_, isa)
 extern const Kernels VITUP_TABLE(VITUP_ISA);
 const Kernels VITUP_TABLE(VITUP_ISA) = {
-    packed_words_of,  pack_matrices,  scratch_bytes_of, tile_rows,
-    bilinear_sample_of, project_image_of, norm_linear_of, residual_mlp_of, mlp_backward_of, mlp_backward_tiles_of,
+    packed_words_of,
+    pack_matrices,
+    scratch_bytes_of,
+    tile_rows,
+    bilinear_sample_of,
+    project_image_of,
+    norm_linear_of,
+    norm_linear_backward_of,
+    weight_gradient_of,
+    weight_gradient_scratch_of,
+    residual_mlp_of,
+    mlp_backward_of,
+    tiles_of,
     rope_cross_attention_of,
-    attention_backward_of, attention_backward_scratch_of, panel_of, film_mlp_of,
+    attention_backward_of,
+    attention_backward_scratch_of,
+    panel_of,
+    film_mlp_of,
+    film_mlp_backward_of,
+    film_mlp_backward_scratch_of,
 };
 
 }  // namespace vitup_fast::cpu

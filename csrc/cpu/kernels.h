@@ -63,10 +63,35 @@ struct BilinearSample {
 
 struct NormLinear {
   const void* x;  // [B, N, D]
-  Norm norm;
+  Norm norm;      // none if its weight is null
   Matrix matrix;
   void* out;  // [B, N, E]
   int64_t B, N, D, out_stride;  // out_stride: from one image to the next
+};
+
+// Gradients of W LN(x) + b for x and the norm, and LN(x), which the weight's gradient is a product of.
+struct NormLinearBackward {
+  const void* grad;      // [M, E]
+  const void* x;         // [M, D]
+  const void* residual;  // [M, D], added to the gradient of x if not null
+  Norm norm;
+  Matrix transposed;  // W^T [D, E], its bias not read
+  void* normed;       // [M, D], not written if null
+  void* grad_x;       // [M, D]
+  float* norm_sums;   // [tiles, 2, D]
+  void* grad_norm;    // [2, D] of the norm's weight and bias
+  int64_t M, D;
+};
+
+// grad^T x and the sum over rows of grad.
+struct WeightGradient {
+  const void* grad;   // [M, E]
+  const void* x;      // [M, D], D a multiple of 16
+  float* sums;        // [E, D]; may be grad_weight, as the next may be grad_bias
+  float* bias_sums;   // [E]
+  void* grad_weight;  // [E, D]
+  void* grad_bias;    // [E]
+  int64_t M, E, D;
 };
 
 struct Mlp {
@@ -77,24 +102,24 @@ struct Mlp {
 struct ResidualMlp {
   const void* x;  // [M, D]
   Mlp mlp;
-  bool residual;  // whether x is added
-  void* out;      // [M, D]
+  void* out;            // [M, D]
+  void* preactivation;  // [M, E], of W1 LN(x) + b1, kept for the backward pass if not null
   int64_t M, D;
 };
 
-// Gradients of W2 gelu(W1 LN(x) + b1) + b2 for x, and the two operands that each weight's gradient is a product of.
+// Gradients of x + W2 gelu(W1 LN(x) + b1) + b2 for x, and the two operands that each weight's gradient is a product of.
 struct MlpBackward {
   const void* x;     // [M, D]
   const void* grad;  // [M, D]
+  const void* preactivation;  // [M, E]
   Norm norm;
-  Matrix first;                                // W1 [E, D] and b1
   Matrix second_transposed, first_transposed;  // W2^T [E, D] and W1^T [D, E], their biases not read
-  bool residual;                               // whether x was added to the output
   void* normed;                                // [M, D], not written if null, as the next one
   void* hidden;                                // [M, E]
   void* grad_preactivation;                    // [M, E], of W1 LN(x) + b1
   void* grad_x;                                // [M, D]
-  float* grad_norm;                            // [tiles, 2, D] of the norm's weight and bias, to be summed
+  float* norm_sums;                            // [tiles, 2, D]
+  void* grad_norm;                             // [2, D] of the norm's weight and bias
   int64_t M, D;
 };
 
@@ -107,8 +132,8 @@ struct RopeCrossAttention {
   Matrix query, out_projection;
   const float* inv_freq;  // [d / 4]
   void* out;              // [B, N, D]
-  // For the backward pass instead of `out`, if given: what the output projection takes, the rotated queries times
-  // log2(e) / sqrt(d), and the base-2 logarithm of the sum of exponentials.
+  // Kept for the backward pass if not null: what the output projection takes, the rotated queries times
+  // log2(e) / sqrt(d), and the base-2 logarithm of the sum of exponentials. `out` may then be null.
   void* attended;       // [B, N, D]
   void* rotated_query;  // [B, N, D]
   float* log2_sum;      // [B, Hh, N]
@@ -123,10 +148,13 @@ struct AttentionBackward {
   const void* value;          // [B, Hh, T, d]
   const float* log2_sum;      // [B, Hh, N]
   const void* attended;       // [B, N, D]
-  float* grad_query;          // [B, N, D], of the rotated queries without their factor
-  float* grad_key;            // [G, B, Hh, T, d], to be summed over the G groups of queries
-  float* grad_value;          // [G, B, Hh, T, d]
-  int64_t G, B, N, D, heads, T;
+  Coordinates coords;
+  const float* inv_freq;    // [d / 4]
+  void* grad_query;         // [B, N, D], before the rotation
+  float* grad_rotated;      // [B, N, D], after it, without the factor of rotated_query; not written if null
+  float *key_sums, *value_sums;  // [G, B, Hh, T, d] of G groups of queries
+  void *grad_key, *grad_value;   // [B, Hh, T, d]
+  int64_t G, B, N, D, heads, token_h, token_w;
 };
 
 struct FilmMlp {
@@ -142,6 +170,45 @@ struct FilmMlp {
   Mlp mlp;
   Norm out_norm;
   void* out;  // [B, N, D]
+  // Kept for the backward pass if not null: inside the MLP and after it.
+  void* preactivation;  // [B, N, E]
+  void* local;          // [B, N, D]
+  int64_t B, N, D, token_h, token_w;
+};
+
+// Gradients of the FiLM MLP, and the operands that each weight's gradient is a product of.
+struct FilmMlpBackward {
+  const void* grad;    // [B, N, D]
+  const void* tokens;  // [B, h, w, D]
+  Coordinates coords;  // xy == nullptr: gamma and beta come from the table
+  Matrix position, gamma, beta;
+  Matrix position_second_transposed, position_first_transposed;  // [D, 2 D] and [2 + 4 F, D]
+  const float* freqs;  // [F]
+  int64_t bands;
+  const float* table;    // [R, 2 D]
+  const int64_t* row;    // [N]
+  const int64_t* token;  // [N]
+  const void* preactivation;  // [B, N, E]
+  const void* local;          // [B, N, D]
+  Norm norm, out_norm;
+  Matrix second_transposed, first_transposed;
+  void* grad_local;          // [B, N, D]
+  void* normed;              // [B, N, D]
+  void* hidden;              // [B, N, E]
+  void* grad_preactivation;  // [B, N, E]
+  int64_t* nearest;          // [B, N], of all images' tokens
+  float* grad_nearest;       // [B, N, D]
+  void* grad_gamma_beta;     // [B, N, 2 D]
+  // Only where gamma and beta are computed.
+  void* code;                         // [B, N, P], 2 + 4 F rounded up to a multiple of 16
+  void* position_hidden;              // [B, N, D]
+  void* grad_position_preactivation;  // [B, N, D]
+  float* grad_code;                   // [B, N, P], not written if null
+  float* norm_sums;                   // [tiles, 4, D]
+  void* grad_norms;                   // [4, D] of weight and bias of both norms
+  void* grad_x;                       // [B, N, D], not written if null
+  float* token_sums;                  // [B, h, w, D]; may be grad_tokens
+  void* grad_tokens;                  // [B, h, w, D], not written if null
   int64_t B, N, D, token_h, token_w;
 };
 
@@ -166,14 +233,19 @@ struct Kernels {
   void (*bilinear_sample)(const Common& common, const BilinearSample& a);
   void (*project_image)(const Common& common, const ProjectImage& a);
   void (*norm_linear)(const Common& common, const NormLinear& a);
+  void (*norm_linear_backward)(const Common& common, const NormLinearBackward& a);
+  void (*weight_gradient)(const Common& common, const WeightGradient& a);
+  int64_t (*weight_gradient_scratch_bytes)(int64_t inputs);
   void (*residual_mlp)(const Common& common, const ResidualMlp& a);
   void (*mlp_backward)(const Common& common, const MlpBackward& a);
-  int64_t (*mlp_backward_tiles)(const Common& common, int64_t rows);
+  int64_t (*tiles)(const Common& common, int64_t rows, int64_t images);  // how many a kernel makes of them
   void (*rope_cross_attention)(const Common& common, const RopeCrossAttention& a);
   void (*attention_backward)(const Common& common, const AttentionBackward& a);
   int64_t (*attention_backward_scratch_bytes)(int64_t T, int64_t head_dim);
   int64_t (*attention_backward_panel)();  // queries worked on at once
   void (*film_mlp)(const Common& common, const FilmMlp& a);
+  void (*film_mlp_backward)(const Common& common, const FilmMlpBackward& a);
+  int64_t (*film_mlp_backward_scratch_bytes)(int64_t width, int64_t tile_rows);
 };
 
 }  // namespace vitup_fast::cpu

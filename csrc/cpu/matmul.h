@@ -58,14 +58,19 @@ inline int64_t word_count(int64_t k) {
   return (k + Operand::PER_WORD - 1) / Operand::PER_WORD;
 }
 
+template <int VALUE>
+struct Constant {
+  constexpr int operator()() const { return VALUE; }
+};
+
 // Words of a packed matrix of n columns.
 template <class Operand>
 inline int64_t packed_words(int64_t n, int64_t k) {
   return round_up(n, LANES) * word_count<Operand>(k);
 }
 
-// ROWS x VECTORS accumulators stay in registers over the whole sum.
-template <class Operand, int ROWS, int VECTORS>
+// ROWS x VECTORS accumulators stay in registers over the whole sum. BY_WORDS: A lies as [count, rows], not [rows, count].
+template <class Operand, int ROWS, int VECTORS, bool BY_WORDS>
 inline void multiply_block(const int32_t* a, int64_t a_stride, const int32_t* b, int64_t count,
                            typename Operand::Number* c, int64_t c_stride, bool accumulate) {
   using Accumulator = typename Operand::Accumulator;
@@ -80,7 +85,7 @@ inline void multiply_block(const int32_t* a, int64_t a_stride, const int32_t* b,
     for (int v = 0; v < VECTORS; ++v) column[v] = load_as<Ints>(b + v * LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-      const Ints row = Ints{} + a[r * a_stride + k];
+      const Ints row = Ints{} + a[BY_WORDS ? k * a_stride + r : r * a_stride + k];
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) sums[r][v] = Operand::multiply_add(sums[r][v], row, column[v]);
     }
@@ -95,32 +100,40 @@ inline void multiply_block(const int32_t* a, int64_t a_stride, const int32_t* b,
     }
 }
 
-template <class Operand, int VECTORS, int ROWS = ROW_BLOCK>
+template <class Operand, int VECTORS, bool BY_WORDS, int ROWS = ROW_BLOCK>
 inline void multiply_rows(const int32_t* a, int64_t a_stride, int64_t rows, const int32_t* b, int64_t count,
                           typename Operand::Number* c, int64_t c_stride, bool accumulate) {
-  for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_stride, c += ROWS * c_stride)
-    multiply_block<Operand, ROWS, VECTORS>(a, a_stride, b, count, c, c_stride, accumulate);
+  for (; rows >= ROWS; rows -= ROWS, a += BY_WORDS ? ROWS : ROWS * a_stride, c += ROWS * c_stride)
+    multiply_block<Operand, ROWS, VECTORS, BY_WORDS>(a, a_stride, b, count, c, c_stride, accumulate);
   if constexpr (ROWS > 1)
-    if (rows > 0) multiply_rows<Operand, VECTORS, ROWS - 1>(a, a_stride, rows, b, count, c, c_stride, accumulate);
+    if (rows > 0)
+      multiply_rows<Operand, VECTORS, BY_WORDS, ROWS - 1>(a, a_stride, rows, b, count, c, c_stride, accumulate);
 }
 
 // One panel: C [rows, width] (+)= A [rows, count words] B^T.
-template <class Operand>
+template <class Operand, bool BY_WORDS = false>
 inline void multiply_panel(const int32_t* a, int64_t a_stride, int64_t rows, const int32_t* b, int64_t count,
                            int64_t width, typename Operand::Number* c, int64_t c_stride, bool accumulate) {
   const int64_t vectors = (width + LANES - 1) / LANES;
   const int64_t block = Operand::block_words(count);
+  if (count == 0 && !accumulate)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t v = 0; v < vectors; ++v) store_as(c + r * c_stride + v * LANES, typename Operand::Accumulator{});
   for (int64_t done = 0; done < count; done += block) {
     const int64_t step = smaller(block, count - done);
     const int32_t* panel = b + done * vectors * LANES;
     const bool adds = accumulate || done > 0;
+    const auto multiply = [&](auto count_of_vectors) {
+      multiply_rows<Operand, count_of_vectors(), BY_WORDS>(a + (BY_WORDS ? done * a_stride : done), a_stride, rows, panel,
+                                                           step, c, c_stride, adds);
+    };
     switch (vectors) {
-      case 1: multiply_rows<Operand, 1>(a + done, a_stride, rows, panel, step, c, c_stride, adds); break;
+      case 1: multiply(Constant<1>{}); break;
 #if defined(__AVX512F__)
-      case 2: multiply_rows<Operand, 2>(a + done, a_stride, rows, panel, step, c, c_stride, adds); break;
-      case 3: multiply_rows<Operand, 3>(a + done, a_stride, rows, panel, step, c, c_stride, adds); break;
+      case 2: multiply(Constant<2>{}); break;
+      case 3: multiply(Constant<3>{}); break;
 #endif
-      default: multiply_rows<Operand, PANEL_VECTORS>(a + done, a_stride, rows, panel, step, c, c_stride, adds);
+      default: multiply(Constant<PANEL_VECTORS>{});
     }
   }
 }

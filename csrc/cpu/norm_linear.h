@@ -10,7 +10,7 @@ inline void norm_linear(const Common& common, const NormLinear& a) {
     const Rows<Operand> normed = Rows<Operand>::take(scratch, rows, a.D);
     for (int64_t r = 0; r < rows; ++r) {
       widen((const T*)a.x + (image * a.N + begin + r) * a.D, a.D, row);
-      layer_norm(row, a.norm, a.D, row);
+      if (a.norm.weight) layer_norm(row, a.norm, a.D, row);
       encode(normed, r, 0, row, a.D);
     }
     const Matrix& matrix = a.matrix;
@@ -25,4 +25,36 @@ inline void norm_linear(const Common& common, const NormLinear& a) {
                      width - i);
     }
   });
+}
+
+template <class T, class Operand>
+inline void norm_linear_backward(const Common& common, const NormLinearBackward& a) {
+  const int64_t D = a.D, E = a.transposed.k, step = balanced_rows(common, a.M, 1);
+  for_each(common.parallel, (a.M + step - 1) / step, [&](int64_t task, int64_t thread) {
+    const int64_t begin = task * step, rows = smaller(step, a.M - begin), padded = round_up(E, 16);
+    Scratch scratch{common.scratch + thread * common.scratch_bytes};
+    float* row = scratch.take<float>(larger(D, padded));
+    float* grad_normed = scratch.take<float>(rows * D);
+    const Rows<Operand> grads = Rows<Operand>::take(scratch, rows, padded);
+    for (int64_t i = E; i < padded; ++i) row[i] = 0.0f;
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* grad = (const T*)a.grad + (begin + r) * E;
+      for (int64_t i = 0; i < E; i += LANES) store_part(row + i, load_part(grad + i, E - i), E - i);
+      encode(grads, r, 0, row, padded);
+    }
+    multiply(grads, rows, a.transposed.words, D, E, 0, D, 0, E, grad_normed, D, false);
+    float* centred = scratch.take<float>(D);
+    float* grad_weight = a.norm_sums + task * 2 * D;
+    for (int64_t i = 0; i < 2 * D; i += LANES) store(grad_weight + i, Floats{});
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (begin + r) * D;
+      widen((const T*)a.x + at, D, row);
+      const float rstd = centre(row, a.norm, D, centred);
+      if (a.normed) scale_and_shift(centred, rstd, a.norm, D, (T*)a.normed + at);
+      layer_norm_backward(grad_normed + r * D, centred, rstd, a.norm, D, grad_weight, grad_weight + D, row);
+      for (int64_t i = 0; i < D; i += LANES)
+        store((T*)a.grad_x + at + i, a.residual ? load((const T*)a.residual + at + i) + load(row + i) : load(row + i));
+    }
+  });
+  sum_tiles(a.norm_sums, (a.M + step - 1) / step, 2 * D, (T*)a.grad_norm);
 }

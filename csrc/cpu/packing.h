@@ -46,7 +46,7 @@ inline float largest_size(const T* column, int64_t stride, int64_t k) {
 // Words of the first `width` columns of a panel of `padded`, the others zero; memory is read in its own order.
 template <class Operand, class T>
 inline void pack_words(const T* from, const Pack& a, int64_t width, int64_t padded, const float* inverse, int32_t* to) {
-  constexpr int64_t BLOCK = 256;  // words of a column before the next: what is written stays in the cache
+  constexpr int64_t BLOCK = 64;  // words of a column before the next: what is written stays in the cache
   const int64_t all_words = word_count<Operand>(a.k);
   const auto word = [&](int64_t j, int64_t i) {
     to[i * padded + j] = packed_word<Operand>(from + j * a.n_stride, a.k_stride, a.k, i, inverse[j]);

@@ -137,7 +137,7 @@ inline void rope_cross_attention(const Common& common, const RopeCrossAttention&
     }
     if (a.attended) {
       for (int64_t i = 0; i < rows * D; i += LANES) store((T*)a.attended + (image * a.N + begin) * D + i, load(product + i));
-      return;
+      if (!a.out) return;
     }
     for (int64_t r = 0; r < rows; ++r) encode(normed, r, 0, product + r * D, D);
     multiply(normed, rows, a.out_projection.words, D, D, 0, D, 0, D, product, D, false);

@@ -128,11 +128,33 @@ inline float centre(const float* from, const Norm& norm, int64_t D, float* to) {
   return 1.0f / __builtin_sqrtf(variance + norm.eps);
 }
 
+// The rest of LayerNorm after centre().
+template <class T>
+inline void scale_and_shift(const float* centred, float rstd, const Norm& norm, int64_t D, T* to) {
+  for (int64_t i = 0; i < D; i += LANES)
+    store(to + i, load(centred + i) * rstd * load(norm.weight + i) + load(norm.bias + i));
+}
+
 // LayerNorm of a row of D floats; in place if `to` is `from`.
 inline void layer_norm(const float* from, const Norm& norm, int64_t D, float* to) {
   const float rstd = centre(from, norm, D, to);
+  scale_and_shift(to, rstd, norm, D, to);
+}
+
+// Gradient of LayerNorm's input from that of its output, both [D]; adds to the gradients of its weight and bias.
+inline void layer_norm_backward(const float* grad, const float* centred, float rstd, const Norm& norm, int64_t D,
+                                float* grad_weight, float* grad_bias, float* out) {
+  Floats sums{}, products{};
+  for (int64_t i = 0; i < D; i += LANES) {
+    const Floats g = load(grad + i), normalised = load(centred + i) * rstd, scaled = g * load(norm.weight + i);
+    store(grad_weight + i, load(grad_weight + i) + g * normalised);
+    store(grad_bias + i, load(grad_bias + i) + g);
+    sums += scaled;
+    products += scaled * normalised;
+  }
+  const float mean = sum(sums) / (float)D, slope = sum(products) / (float)D;
   for (int64_t i = 0; i < D; i += LANES)
-    store(to + i, load(to + i) * rstd * load(norm.weight + i) + load(norm.bias + i));
+    store(out + i, (load(grad + i) * load(norm.weight + i) - mean - load(centred + i) * rstd * slope) * rstd);
 }
 
 // Loads a row of any dtype as floats.
@@ -141,10 +163,11 @@ inline void widen(const T* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += LANES) store(to + i, load(from + i));
 }
 
-// out [rows, D] = W2 gelu(W1 a + b1), without b2, a chunk of the hidden layer at a time.
-template <class Operand, bool PRECISE>
+// out [rows, D] = W2 gelu(W1 a + b1), without b2, a chunk of the hidden layer at a time. Keeps W1 a + b1 if `kept` is not
+// null, and then `out` may be null.
+template <class Operand, class T>
 inline void two_layers(const Rows<Operand>& a, int64_t rows, const Matrix& first, const Matrix& second, Scratch scratch,
-                       float* out, int64_t out_stride) {
+                       float* out, int64_t out_stride, T* kept) {
   float* preactivation = scratch.take<float>(rows * HIDDEN_CHUNK);
   const Rows<Operand> hidden = Rows<Operand>::take(scratch, rows, HIDDEN_CHUNK);
   for (int64_t begin = 0; begin < first.n; begin += HIDDEN_CHUNK) {
@@ -153,10 +176,54 @@ inline void two_layers(const Rows<Operand>& a, int64_t rows, const Matrix& first
              false);
     for (int64_t r = 0; r < rows; ++r) {
       float* row = preactivation + r * HIDDEN_CHUNK;
-      for (int64_t i = 0; i < width; i += LANES)
-        store(row + i, gelu<PRECISE>(load(row + i) + load(first.bias + begin + i)));
-      encode(hidden, r, 0, row, width);
+      for (int64_t i = 0; i < width; i += LANES) {
+        const Floats preactivation = load(row + i) + load(first.bias + begin + i);
+        if (kept) store(kept + r * first.n + begin + i, preactivation);
+        store(row + i, gelu<sizeof(T) == 4>(preactivation));
+      }
+      if (out) encode(hidden, r, 0, row, width);
     }
+    if (!out) continue;
     multiply(hidden, rows, second.words, second.n, second.k, 0, second.n, begin, width, out, out_stride, begin > 0);
+  }
+}
+
+// Gradients of W2 gelu(W1 a + b1), from those of its output and W1 a + b1: of that preactivation, and of a, not computed if
+// `grad_a` is null. `hidden` is what the gradient of W2 is a product of, not written if null.
+template <class Operand, class T>
+inline void two_layers_backward(const Rows<Operand>& grads, int64_t rows, const T* preactivation, const Matrix& second_transposed,
+                                const Matrix& first_transposed, Scratch scratch, T* hidden, T* grad_preactivation,
+                                float* grad_a, int64_t grad_a_stride) {
+  const int64_t E = second_transposed.n;
+  float* product = scratch.take<float>(rows * HIDDEN_CHUNK);
+  const Rows<Operand> part = Rows<Operand>::take(scratch, rows, HIDDEN_CHUNK);
+  for (int64_t begin = 0; begin < E; begin += HIDDEN_CHUNK) {
+    const int64_t width = smaller(HIDDEN_CHUNK, E - begin);
+    multiply(grads, rows, second_transposed.words, E, second_transposed.k, begin, begin + width, 0, second_transposed.k,
+             product, HIDDEN_CHUNK, false);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* row = product + r * HIDDEN_CHUNK;
+      const int64_t at = r * E + begin;
+      for (int64_t i = 0; i < width; i += LANES) {
+        const GeluSlope y = gelu_and_slope<sizeof(T) == 4>(load(preactivation + at + i));
+        store(row + i, load(row + i) * y.slope);
+        if (hidden) store(hidden + at + i, y.value);
+        store(grad_preactivation + at + i, load(row + i));
+      }
+      if (grad_a) encode(part, r, 0, row, width);
+    }
+    if (grad_a)
+      multiply(part, rows, first_transposed.words, first_transposed.n, E, 0, first_transposed.n, begin, width, grad_a,
+               grad_a_stride, begin > 0);
+  }
+}
+
+// Sums of what `tiles` tiles have of `count` numbers.
+template <class T>
+inline void sum_tiles(const float* from, int64_t tiles, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    Floats total{};
+    for (int64_t tile = 0; tile < tiles; ++tile) total += load(from + tile * count + i);
+    store(to + i, total);
   }
 }

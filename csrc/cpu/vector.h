@@ -153,14 +153,6 @@ inline void store(float16* to, Floats v) {
 #endif
 }
 
-// Loads the first `count` lanes and zeros behind them.
-inline Floats load_part(const float* from, int64_t count) {
-  if (count >= LANES) return load(from);
-  Floats v{};
-  for (int64_t i = 0; i < count; ++i) v[i] = from[i];
-  return v;
-}
-
 // Stores the first `count` lanes.
 template <class T>
 inline void store_part(T* to, Floats v, int64_t count) {
@@ -183,4 +175,13 @@ inline float widened(bfloat16 x) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+// Loads the first `count` lanes and zeros behind them.
+template <class T>
+inline Floats load_part(const T* from, int64_t count) {
+  if (count >= LANES) return load(from);
+  Floats v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = widened(from[i]);
+  return v;
 }

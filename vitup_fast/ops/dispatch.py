@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -295,10 +294,18 @@ class Kernels(NamedTuple):
 
     ``forward(*arguments) -> Tensor`` and ``backward(grad, *arguments, needs_grad) -> list[Tensor]``, which
     returns contiguous gradients of those differentiable arguments whose flag is set, in their order.
+
+    Where recomputing costs more than memory, ``kept_bytes(*arguments)`` says how much of its work the forward pass can
+    leave to the backward pass: both then take ``kept=``, bytes of that size, or None where nothing is kept.
     """
 
     forward: Callable[..., Tensor]
     backward: Callable[..., list[Tensor]]
+    kept_bytes: Callable[..., int] | None = None
+
+
+# Most that a call keeps for its backward pass; a longer one recomputes.
+KEPT_BYTES = 64 << 20
 
 
 def gpu_kernels(name: str) -> dict[str, Kernels]:
@@ -323,28 +330,27 @@ def gpu_kernels(name: str) -> dict[str, Kernels]:
     return {"triton": kernels(), "cuda": kernels(*COMPILED)}
 
 
-def cpu_kernels(name: str) -> dict[str, Kernels]:
+def cpu_kernels(name: str, kept_bytes: Callable[..., int] | None = None) -> dict[str, Kernels]:
     """The compiled CPU kernels of an operation, imported when they first run."""
 
-    def module() -> ModuleType:
-        return importlib.import_module("vitup_fast.cpu")
-
-    def forward(int8: bool) -> Callable[..., Tensor]:
-        return lambda *arguments: getattr(module(), f"forward_{name}")(int8, *arguments)
-
-    def backward(*arguments: object) -> list[Tensor]:
-        return getattr(module(), f"backward_{name}")(*arguments)
+    def run(function: str, *arguments: object, **kept: Tensor | None) -> Any:
+        module = importlib.import_module("vitup_fast.cpu")
+        module.begin_call()
+        return getattr(module, f"{function}_{name}")(*arguments, **kept)
 
     def no_backward(*_: object) -> list[Tensor]:
         raise expected("impl", "an implementation with gradients", "'cpu_int8'", "Use 'cpu' or 'auto'.")
 
-    return {"cpu": Kernels(forward(False), backward), "cpu_int8": Kernels(forward(True), no_backward)}
+    return {
+        "cpu": Kernels(partial(run, "forward", False), partial(run, "backward"), kept_bytes),
+        "cpu_int8": Kernels(partial(run, "forward", True), no_backward),
+    }
 
 
 class Operator:
     """A PyTorch operator ``vitup_fast::name`` with fake, autograd and one kernel pair per implementation.
 
-    The backward pass recomputes what it needs from the operator's inputs; nothing else is saved.
+    The backward pass recomputes what it needs from the operator's inputs, but for what its kernels keep.
 
     Args:
         name: the operator's name.
@@ -364,45 +370,61 @@ class Operator:
     ) -> None:
         qualified = f"{NAMESPACE}::{name}"
         tags = (torch.Tag.pt2_compliant_tag,)
-        torch.library.define(qualified, f"({arguments}, str impl) -> Tensor", tags=tags)
+        torch.library.define(qualified, f"({arguments}, bool keep, str impl) -> (Tensor, Tensor)", tags=tags)
         torch.library.define(
             f"{qualified}_backward",
-            f"(Tensor grad, {arguments}, bool[] needs_grad, str impl) -> Tensor[]",
+            f"(Tensor grad, {arguments}, Tensor kept, bool[] needs_grad, str impl) -> Tensor[]",
             tags=tags,
         )
         self.forward = getattr(getattr(torch.ops, NAMESPACE), name).default
         self.backward = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default
         self.kernels = kernels
+        self.differentiable = differentiable
 
-        def run_forward(*args: object) -> Tensor:
-            *arguments, impl = args
+        def empty_kept(keep: bool, impl: str, arguments: Sequence[Any]) -> Tensor:
+            size = kernels[impl].kept_bytes(*arguments) if keep else 0
+            return arguments[0].new_empty(size, dtype=torch.uint8)
+
+        def run_forward(*args: object) -> tuple[Tensor, Tensor]:
+            *arguments, keep, impl = args
+            kept = empty_kept(keep, impl, arguments)
+            keeping = {"kept": kept} if keep else {}
             with torch.autocast(arguments[0].device.type, enabled=False):
-                return kernels[impl].forward(*arguments)
+                return kernels[impl].forward(*arguments, **keeping), kept
 
         def run_backward(grad: Tensor, *args: object) -> list[Tensor]:
-            *arguments, needs_grad, impl = args
+            *arguments, kept, needs_grad, impl = args
+            keeping = {"kept": kept if kept.numel() else None} if kernels[impl].kept_bytes else {}
             with torch.autocast(grad.device.type, enabled=False):
-                return kernels[impl].backward(grad.contiguous(), *arguments, needs_grad)
+                return kernels[impl].backward(grad.contiguous(), *arguments, needs_grad, **keeping)
 
-        def fake_forward(*args: object) -> Tensor:
-            return args[0].new_empty(output_shape(*args[:-1]))
+        def fake_forward(*args: object) -> tuple[Tensor, Tensor]:
+            *arguments, keep, impl = args
+            return args[0].new_empty(output_shape(*arguments)), empty_kept(keep, impl, arguments)
 
         def fake_backward(grad: Tensor, *args: object) -> list[Tensor]:
             needs_grad = args[-2]
             return [a.new_empty(a.shape) for a, needed in zip(args, needs_grad, strict=False) if needed]
 
-        def setup_context(ctx: object, inputs: tuple, output: Tensor) -> None:
-            is_tensor = [isinstance(a, Tensor) for a in inputs]
-            ctx.save_for_backward(*(a for a, t in zip(inputs, is_tensor, strict=True) if t))
-            ctx.others = [None if t else a for a, t in zip(inputs, is_tensor, strict=True)]
-            ctx.is_tensor = is_tensor
+        def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+            *arguments, _, impl = inputs
+            is_tensor = [isinstance(a, Tensor) for a in arguments]
+            kept = output[1]
+            ctx.mark_non_differentiable(kept)
+            ctx.set_materialize_grads(False)  # or what is kept gets a gradient of zeros
+            ctx.save_for_backward(kept, *(a for a, t in zip(arguments, is_tensor, strict=True) if t))
+            ctx.others = [None if t else a for a, t in zip(arguments, is_tensor, strict=True)]
+            ctx.is_tensor, ctx.impl = is_tensor, impl
 
-        def differentiate(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-            saved = iter(ctx.saved_tensors)
-            inputs = [next(saved) if t else other for t, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+        def differentiate(ctx: object, grad: Tensor, _: object) -> tuple[Tensor | None, ...]:
+            kept, *tensors = ctx.saved_tensors
+            saved = iter(tensors)
+            arguments = [
+                next(saved) if t else other for t, other in zip(ctx.is_tensor, ctx.others, strict=True)
+            ]
             needs_grad = list(ctx.needs_input_grad[:differentiable])
-            grads = iter(self.backward(grad, *inputs[:-1], needs_grad, inputs[-1]))
-            needed = needs_grad + [False] * (len(inputs) - differentiable)
+            grads = iter(self.backward(grad, *arguments, kept, needs_grad, ctx.impl))
+            needed = needs_grad + [False] * (len(arguments) + 2 - differentiable)
             return tuple(next(grads) if n else None for n in needed)
 
         def differentiate_twice(ctx: object, *grads: Tensor) -> None:
@@ -420,7 +442,14 @@ class Operator:
 
     def __call__(self, *arguments: object, impl: str) -> Tensor:
         """Run the operator; arguments have been checked."""
-        return self.forward(*arguments, impl)
+        kept_bytes = self.kernels[impl].kept_bytes
+        keep = (
+            kept_bytes is not None
+            and torch.is_grad_enabled()
+            and any(isinstance(a, Tensor) and a.requires_grad for a in arguments[: self.differentiable])
+            and kept_bytes(*arguments) <= KEPT_BYTES
+        )
+        return self.forward(*arguments, keep, impl)[0]
 
 
 def run_reference(definition: Callable[..., Tensor], x: Tensor, *arguments: object) -> Tensor:

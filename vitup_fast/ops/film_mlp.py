@@ -10,7 +10,6 @@ that a :class:`FilmTable` of them replaces the position MLP.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -151,15 +150,7 @@ def _forward(
     return x + layer_norm(local, out_norm_weight, out_norm_bias)
 
 
-class MLPPasses(NamedTuple):
-    """The MLP of the modulated token, forward and backward, as :func:`mlp` and :func:`mlp_backward` do them."""
-
-    forward: Callable[[Tensor, MLPWeights], Tensor]
-    backward: Callable[[Tensor, Tensor, MLPWeights, Sequence[bool]], list[Tensor | None]]
-
-
-def backward_by(
-    passes: MLPPasses,
+def _backward(
     grad: Tensor,
     x: Tensor,
     coords: Tensor | None,
@@ -182,7 +173,6 @@ def backward_by(
     token: Tensor | None,
     needs_grad: list[bool],
 ) -> list[Tensor]:
-    """Backward of the operator around an MLP."""
     needs_x, needs_coords, needs_tokens, *needs = needs_grad
     needs_position, needs_mlp, needs_out_norm, needs_table = needs[:4], needs[4:10], needs[10:12], needs[12]
     needs_gamma_beta = needs_coords or any(needs_position) or needs_table
@@ -190,12 +180,10 @@ def backward_by(
     weights = MLPWeights(norm_weight, norm_bias, weight1, bias1, weight2, bias2)
     m = _modulate(x, coords, tokens, position, table, freqs, row, token)
 
-    local = passes.forward(m.modulated, weights)
+    local = mlp(m.modulated, weights)
     grad_local, *grads_out_norm = layer_norm_backward(grad, local, out_norm_weight, (True, *needs_out_norm))
     needs_modulated = needs_tokens or needs_gamma_beta
-    grad_modulated, *grads_mlp = passes.backward(
-        grad_local, m.modulated, weights, (needs_modulated, *needs_mlp)
-    )
+    grad_modulated, *grads_mlp = mlp_backward(grad_local, m.modulated, weights, (needs_modulated, *needs_mlp))
 
     grad_coords = grad_tokens = grad_table = None
     grads_position = (None,) * 4
@@ -218,20 +206,14 @@ def backward_by(
                 grad_gamma_beta, m.code, *position, needs_coords, needs_position
             )
     if needs_coords:
-        grad_coords = _position_code_backward(grad_code, m.relative, freqs, tokens.shape[1:3]).to(
-            coords.dtype
-        )
+        grad_coords = position_code_backward(grad_code, m.relative, freqs, tokens.shape[1:3]).to(coords.dtype)
 
     grad_x = grad.clone() if needs_x else None
     grads = (grad_x, grad_coords, grad_tokens, *grads_position, *grads_mlp, *grads_out_norm, grad_table)
     return [g.contiguous() for g, needed in zip(grads, needs_grad, strict=True) if needed]
 
 
-def _backward(*arguments: object) -> list[Tensor]:
-    return backward_by(MLPPasses(mlp, mlp_backward), *arguments)
-
-
-def _position_code_backward(
+def position_code_backward(
     grad_code: Tensor,  # [B, N, 2 + 4 F]
     relative: Tensor,  # [B, N, 2]
     freqs: Tensor,  # [F]
@@ -249,6 +231,12 @@ def _position_code_backward(
     return torch.stack((grad_relative[..., 0] * w, grad_relative[..., 1] * h), dim=-1)
 
 
+def _kept_bytes(x: Tensor, *others: Tensor | None) -> int:
+    """Size of the hidden layer before its GELU, and of the MLP's output."""
+    hidden, D = others[8].shape
+    return x.shape[0] * x.shape[1] * (hidden + D) * x.element_size()
+
+
 _operator = Operator(
     "film_mlp",
     "Tensor x, Tensor? coords, Tensor tokens, "
@@ -260,7 +248,7 @@ _operator = Operator(
     kernels={
         "torch": Kernels(_forward, _backward),
         **gpu_kernels("film_mlp"),
-        **cpu_kernels("film_mlp"),
+        **cpu_kernels("film_mlp", _kept_bytes),
     },
 )
 

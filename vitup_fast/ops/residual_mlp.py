@@ -30,6 +30,11 @@ def _backward(grad: Tensor, x: Tensor, *weights_and_needs: Tensor | list[bool]) 
     return [g.contiguous() for g in grads if g is not None]
 
 
+def _kept_bytes(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight1: Tensor, *_: Tensor) -> int:
+    """Size of the hidden layer before its GELU."""
+    return x.shape[0] * x.shape[1] * weight1.shape[0] * x.element_size()
+
+
 _operator = Operator(
     "residual_mlp",
     "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2",
@@ -38,7 +43,7 @@ _operator = Operator(
     kernels={
         "torch": Kernels(_forward, _backward),
         **gpu_kernels("residual_mlp"),
-        **cpu_kernels("residual_mlp"),
+        **cpu_kernels("residual_mlp", _kept_bytes),
     },
 )
 

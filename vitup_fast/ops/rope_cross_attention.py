@@ -7,7 +7,6 @@ Keys (projected and rotated) and values depend on the image only and come ready-
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -124,37 +123,22 @@ def _attention_backward(
     return grad_query, grad_key, grad_value
 
 
-class AttentionPass(NamedTuple):
-    """The attention alone, recomputed for its backward pass."""
-
-    query: Tensor  # rotated queries [B, N, Hh, d]
-    attended: Tensor  # [B, N, D]
-    backward: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # from the gradient of ``attended``
-
-
-def _attention_pass(
-    x: Tensor,
-    coords: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weights: AttentionWeights,
-    inv_freq: Tensor,
+def rotation_backward(
+    query: Tensor,  # [B, N, Hh, d]
+    grad: Tensor,  # [B, N, Hh, d]
+    inv_freq: Tensor,  # [d / 4]
     token_grid: tuple[int, int],
-) -> AttentionPass:
-    """Recompute the attention; its gradients are those of rotated queries ``[B, N, Hh, d]``, keys and values."""
-    query = _rotated_query(x, key, weights, _angles(x, coords, inv_freq, *token_grid))  # [B, Hh, N, d]
-    attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)  # [B, N, D]
-
-    def backward(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grad = grad.unflatten(-1, (key.shape[1], key.shape[3])).transpose(1, 2)
-        grad_query, grad_key, grad_value = _attention_backward(grad, query, key, value)
-        return grad_query.transpose(1, 2), grad_key, grad_value
-
-    return AttentionPass(query.transpose(1, 2), attended, backward)
+) -> Tensor:
+    """Gradient for coordinates in [0, 1] of rotated queries, from theirs.  # [B, N, 2]"""
+    a, b = query.unflatten(-1, (-1, 2)).unbind(-1)  # [B, N, Hh, d / 2]
+    grad_a, grad_b = grad.unflatten(-1, (-1, 2)).unbind(-1)
+    grad_angles = (grad_b * a - grad_a * b).sum(2)  # [B, N, d / 2]
+    frequency = inv_freq.to(query.dtype) * (2 * math.pi)
+    grad_position = (grad_angles.unflatten(-1, (2, -1)) * frequency).sum(-1)  # [B, N, 2]
+    return token_positions(grad_position, token_grid)
 
 
-def backward_by(
-    attention_pass: Callable[..., AttentionPass],
+def _backward(
     grad: Tensor,
     x: Tensor,
     coords: Tensor,
@@ -171,23 +155,21 @@ def backward_by(
     token_w: int,
     needs_grad: list[bool],
 ) -> list[Tensor]:
-    """Backward of the operator around a recomputed attention."""
     weights = AttentionWeights(norm_weight, norm_bias, query_weight, query_bias, out_weight, out_bias)
     angles = _angles(x, coords, inv_freq, token_h, token_w)
-    attention = attention_pass(x, coords, key, value, weights, inv_freq, (token_h, token_w))
+    query = _rotated_query(x, key, weights, angles)  # [B, Hh, N, d]
+    attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)  # [B, N, D]
     grad_attended, grad_out_weight, grad_out_bias = linear_backward(
-        grad, attention.attended, out_weight, (True, *needs_grad[8:10])
+        grad, attended, out_weight, (True, *needs_grad[8:10])
     )
-    grad_query, grad_key, grad_value = attention.backward(grad_attended)
+    grad_attended = grad_attended.unflatten(-1, (key.shape[1], key.shape[3])).transpose(1, 2)
+    grad_query, grad_key, grad_value = _attention_backward(grad_attended, query, key, value)
+    grad_query = grad_query.transpose(1, 2)  # [B, N, Hh, d]
 
     grad_coords = None
     if needs_grad[1]:
-        a, b = attention.query.to(angles.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # [B, N, Hh, d / 2]
-        grad_a, grad_b = grad_query.to(angles.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-        grad_angles = (grad_b * a - grad_a * b).sum(2)  # [B, N, d / 2]
-        frequency = inv_freq.to(angles.dtype) * (2 * math.pi)
-        grad_position = (grad_angles.unflatten(-1, (2, -1)) * frequency).sum(-1)  # [B, N, 2]
-        grad_coords = token_positions(grad_position, (token_h, token_w)).to(coords.dtype)
+        rotated = query.transpose(1, 2).to(angles.dtype), grad_query.to(angles.dtype)
+        grad_coords = rotation_backward(*rotated, inv_freq, (token_h, token_w)).to(coords.dtype)
 
     grad_query = _rotate(grad_query, -angles).flatten(-2).to(x.dtype)  # [B, N, D]
     grad_x, *grads_query = norm_linear_backward(
@@ -204,8 +186,10 @@ def backward_by(
     ]
 
 
-def _backward(*arguments: object) -> list[Tensor]:
-    return backward_by(_attention_pass, *arguments)
+def _kept_bytes(x: Tensor, coords: Tensor, key: Tensor, *_: object) -> int:
+    """Size of rotated queries, attended values, and a float32 sum of exponentials for each head."""
+    B, N, D = x.shape
+    return B * N * (2 * D * x.element_size() + 4 * key.shape[1])
 
 
 _operator = Operator(
@@ -218,7 +202,7 @@ _operator = Operator(
     kernels={
         "torch": Kernels(_forward, _backward),
         **gpu_kernels("rope_cross_attention"),
-        **cpu_kernels("rope_cross_attention"),
+        **cpu_kernels("rope_cross_attention", _kept_bytes),
     },
 )
 
