@@ -2,7 +2,7 @@
 
 ``python -m vitup_fast.bench.end_to_end --device cpu``; ``--suite`` for the published list of sizes.
 
-Providers, from the same random weights and inputs, ``prepare`` included in every run:
+Providers, from the same random weights and inputs, ``prepare`` included in every run unless ``--prepared``:
 
 - ``eager``: a plain transcription of the definition, up to 448 x 448 queries at once. As in the authors' code,
   keys, values and the decoders of all depths are computed for each of these chunks.
@@ -51,7 +51,7 @@ from vitup_fast.bench.harness import (
     write_json,
 )
 
-from vitup_fast import ViTUp, ViTUpConfig
+from vitup_fast import ImageCache, ViTUp, ViTUpConfig
 from vitup_fast.errors import expected
 from vitup_fast.testing import random_image, random_network
 
@@ -97,12 +97,17 @@ def query_flops(config: ViTUpConfig, tokens: int, position_mlp: bool) -> int:
 
 
 def least_work(
-    config: ViTUpConfig, tokens: int, queries: int, position_mlp: bool, all_layers: bool = False
+    config: ViTUpConfig,
+    tokens: int,
+    queries: int,
+    position_mlp: bool,
+    all_layers: bool = False,
+    tokens_prepared: int | None = None,
 ) -> Work:
-    """Return what the features of one image need: blocks, one decoder or all, keys and values once."""
+    """Return what the features of one image need: blocks, one decoder or all, keys and values of all tokens once."""
     D, L = config.dim, config.num_layers
     decoders = 2 * D**2 * (L if all_layers else 1)
-    prepare = (L - 1) * 4 * D**2 * tokens
+    prepare = (L - 1) * 4 * D**2 * (tokens if tokens_prepared is None else tokens_prepared)
     return Work(queries * (query_flops(config, tokens, position_mlp) + decoders) + prepare)
 
 
@@ -142,11 +147,24 @@ def in_pieces(step: Features, all_layers: bool) -> Features:
     return features
 
 
-def by_library(impl: str, side: int | None, chunk: int | None, all_layers: bool) -> Features:
-    """Return this library's way: ``dense`` on a grid of ``side`` rows, without one ``forward``."""
+def by_library(
+    impl: str, side: int | None, chunk: int | None, all_layers: bool, prepared: bool = False
+) -> Features:
+    """Return this library's way: ``dense`` on a grid of ``side`` rows, without one ``forward``.
+
+    Where the image is ``prepared``, the first call with its hidden states does that for all that follow.
+    """
+    caches: list[tuple[Tensor, ImageCache]] = []
+
+    def prepare(net: ViTUp, hidden: list[Tensor], grid: Tensor) -> ImageCache:
+        if not prepared:
+            return net.prepare(hidden, grid, impl=impl)
+        if not caches or caches[0][0] is not hidden[0]:
+            caches[:] = [(hidden[0], net.prepare(hidden, grid, impl=impl))]
+        return caches[0][1]
 
     def features(net: ViTUp, hidden: list[Tensor], grid: Tensor, coords: Tensor) -> list[Tensor]:
-        cache = net.prepare(hidden, grid, impl=impl)
+        cache = prepare(net, hidden, grid)
         options = {"return_all_layers": all_layers, "query_chunk_size": chunk, "impl": impl}
         output = net(cache, coords, **options) if side is None else net.dense(cache, (side, side), **options)
         layers = output if all_layers else [output]
@@ -202,6 +220,7 @@ def network_case(
     refused: Mapping[str, str] | None = None,
     backward: bool = False,
     autocast: bool = False,
+    prepared: bool = False,
     compiled: bool = True,
     chunks: Sequence[int] = (),
     judged: int = JUDGED_QUERIES,
@@ -220,6 +239,7 @@ def network_case(
         refused: implementations that shall not run, with the reason.
         backward: train: outputs of all depths, and gradients of all parameters and of the image.
         autocast: run every provider under autocast.
+        prepared: this library has prepared the image before, as for every set of queries but the first.
         compiled: include ``torch.compile``.
         chunks: also run this library with these chunk sizes.
         judged: queries to judge where there are more.
@@ -307,10 +327,10 @@ def network_case(
     refused = dict(refused or {})
     ours = copy.deepcopy(net)  # what a network keeps from its runs is counted anew in each case
     for impl in impls:
-        ways[impl] = ours, by_library(impl, side, None, backward)
+        ways[impl] = ours, by_library(impl, side, None, backward, prepared)
         for chunk in chunks:
             name = f"{impl}, chunk {chunk}"
-            ways[name] = ours, by_library(impl, side, chunk, backward)
+            ways[name] = ours, by_library(impl, side, chunk, backward, prepared)
             if impl in refused:
                 refused[name] = refused[impl]
 
@@ -320,13 +340,15 @@ def network_case(
     checks["eager"] = run_of(net, in_pieces(by_definition, backward), few_coords, few_cotangents)
 
     D, tokens, itemsize = config.dim, token_grid[0] * token_grid[1], dtype.itemsize
-    work = least_work(config, tokens, queries, position_mlp=not dense, all_layers=backward)
+    tokens_prepared = 0 if prepared else tokens
+    work = least_work(config, tokens, queries, not dense, backward, tokens_prepared)
     patches = min(4 * queries, patch_grid[0] * patch_grid[1])
     numbers = (config.num_layers * tokens + patches + max(1, layers) * queries) * D
     traffic = (sum(p.numel() for p in net.parameters()) + numbers) * itemsize
     factor = BACKWARD_FACTOR if backward else 1
     where = f"grid {side} x {side}" if dense else f"{queries} scattered queries"
-    mode = f"{', autocast' if autocast else ''}{', forward and backward' if backward else ''}"
+    modes = {"autocast": autocast, "forward and backward": backward, "image prepared before": prepared}
+    mode = "".join(f", {name}" for name, on in modes.items() if on)
     return Case(
         title=f"ViT-Up D={D}, {where}{mode}",
         count=queries,
@@ -469,12 +491,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     add("--autocast", action="store_true", help="float32 parameters, --dtype is the autocast type")
     add("--chunks", nargs="+", type=int, default=[], metavar="N", help="also try these chunk sizes")
+    add("--prepared", action="store_true", help="this library has prepared the image before the clock starts")
     add(
         "--memory",
         action="store_true",
         help=f"instead: peak memory of a dense pass, {DENSE_SIDE} x {DENSE_SIDE}",
     )
     options = parse(parser, argv)
+    if options.prepared and options.backward:
+        raise expected("--prepared", "no --backward with it", "both", "Gradients flow through the image.")
     if options.autocast:
         options.dtype = [dtype for dtype in options.dtype if dtype != torch.float32]
         if not options.dtype:
@@ -518,6 +543,7 @@ def reports(options: argparse.Namespace, sizes: Sequence[tuple[int, bool]]) -> I
                     refused=refusals(options, None, dtype),
                     backward=options.backward,
                     autocast=options.autocast,
+                    prepared=options.prepared,
                     compiled=options.compile,
                     chunks=options.chunks,
                 )

@@ -50,7 +50,7 @@ from vitup_fast.bench.harness import (
     write_json,
 )
 
-from vitup_fast import InputError, ViTUpConfig
+from vitup_fast import InputError, ViTUp, ViTUpConfig
 from vitup_fast.testing import OPERATIONS
 
 CPU = torch.device("cpu")
@@ -298,7 +298,7 @@ def test_operation_command_writes_json(fake_probes, tmp_path, capsys):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("judged", [49, 9])
-@pytest.mark.parametrize("mode", ["dense", "scattered", "backward", "autocast"])
+@pytest.mark.parametrize("mode", ["dense", "scattered", "backward", "autocast", "prepared"])
 def test_network_case_agrees(dtype, mode, judged):
     if mode == "autocast" and dtype == torch.float32:
         pytest.skip("autocast to float32 is none")
@@ -310,6 +310,7 @@ def test_network_case_agrees(dtype, mode, judged):
         dtype,
         backward=mode == "backward",
         autocast=mode == "autocast",
+        prepared=mode == "prepared",
         compiled=False,
         chunks=[20],
         judged=judged,
@@ -402,6 +403,7 @@ def test_memory_of_a_dense_pass():
         (["--repeats", "-1"], "--repeats"),
         (["--json", "/no/such/directory/figures.json"], "--json"),
         (["--autocast", "--dtype", "float32"], "--autocast"),
+        (["--prepared", "--backward"], "--prepared"),
         (["--dense", "0"], "--dense"),
         (["--sparse", "-3"], "--sparse"),
         (["--impl", "torhc"], "--impl"),
@@ -466,6 +468,19 @@ def test_pieces_are_equal_where_they_can_be(count, limit, lengths):
     assert [s.stop - s.start for s in spans] == lengths
     assert [s.start for s in spans] == [0, *(s.stop for s in spans[:-1])]
     assert spans[-1].stop == count
+
+
+def test_a_prepared_image_is_prepared_once(monkeypatch):
+    images, prepare = [], ViTUp.prepare
+    monkeypatch.setattr(ViTUp, "prepare", lambda *a, **k: images.append(a[1][0].dtype) or prepare(*a, **k))
+    options = {"compiled": False, "token_grid": (5, 5), "patch_grid": (9, 9)}
+    work = [end_to_end.network_case(TINY, 49, False, CPU, torch.float32, **options).work]
+    case = end_to_end.network_case(TINY, 49, False, CPU, torch.float32, prepared=True, **options)
+    assert case.title.endswith("49 scattered queries, image prepared before")
+    assert case.work.flops < work[0].flops
+    for _ in range(3):
+        case.providers["torch"]()
+    assert images == [torch.float32]
 
 
 def test_pieces_do_not_change_the_definition(monkeypatch):
