@@ -293,20 +293,29 @@ def network_case(
             with context():
                 outputs = features(module, *inputs, coords)
             seeds = [c.to(y.dtype) for c, y in zip(cotangents, outputs, strict=True)]
-            grads = torch.autograd.grad(outputs, leaves, seeds)
-            groups = (grads[: len(weights)], grads[len(weights) : -1], grads[-1:])
-            flat = [torch.cat([g.flatten().to(kind) for g in group]) for group in groups]
-            return [*(y.detach() for y in outputs), *flat]
+            return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, seeds)]
 
         return train
+
+    def judged_of(run: Run, kind: torch.dtype = parameters) -> Run:
+        """Return the features of a run, and gradients of weights, hidden states and patch grid as one tensor each."""
+
+        def judged() -> list[Tensor]:
+            result = run()
+            if isinstance(result, Tensor):
+                return [result]
+            outputs, grads = result[:layers], result[layers:]
+            groups = (grads[: len(names)], grads[len(names) : -1], grads[-1:])
+            return [*outputs, *(torch.cat([g.flatten().to(kind) for g in group]) for group in groups)]
+
+        return judged
 
     def check_of(module: nn.Module, features: Features) -> Run:
         """Return the judged rows of a whole result, and the gradients of what is done with these rows."""
 
         def check() -> list[Tensor]:
             seeds = [torch.zeros_like(c).index_copy_(1, sample, c[:, sample]) for c in cotangents]
-            result = run_of(module, features, exact_coords, seeds)()
-            result = [result] if isinstance(result, Tensor) else result
+            result = judged_of(run_of(module, features, exact_coords, seeds))()
             outputs = max(1, layers)
             return [*(y[:, sample] for y in result[:outputs]), *result[outputs:]]
 
@@ -337,7 +346,7 @@ def network_case(
     few_coords, few_cotangents = exact_coords[:, sample], [c[:, sample] for c in cotangents]
     checks = {name: check_of(*way) for name, way in ways.items()}
     double = copy.deepcopy(net).double(), in_pieces(by_definition, backward)
-    checks["eager"] = run_of(net, in_pieces(by_definition, backward), few_coords, few_cotangents)
+    checks["eager"] = judged_of(run_of(net, in_pieces(by_definition, backward), few_coords, few_cotangents))
 
     D, tokens, itemsize = config.dim, token_grid[0] * token_grid[1], dtype.itemsize
     tokens_prepared = 0 if prepared else tokens
@@ -356,7 +365,7 @@ def network_case(
         work=Work(factor * work.flops, factor * traffic),
         eager=run_of(net, in_pieces(by_definition, backward), exact_coords, cotangents),
         providers={n: run_of(*way, exact_coords, cotangents) for n, way in ways.items()},
-        exact=run_of(*double, few_coords, few_cotangents, torch.float64),
+        exact=judged_of(run_of(*double, few_coords, few_cotangents, torch.float64), torch.float64),
         baseline=baseline,
         device=device,
         dtype=dtype,

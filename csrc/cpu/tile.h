@@ -6,12 +6,12 @@ constexpr int64_t KEY_BLOCK = 1024;    // tokens attended to at once
 // Rows per tile: the weights streaming past are read once for all of them, the tile itself stays in the L2 cache.
 inline int64_t tile_rows(int64_t width) { return width <= 512 ? 96 : 48; }
 
-// Rows per tile so that tiles of all images are as even among the threads as row blocks allow.
+// Rows per tile so that tiles of all images are as even among the threads as they can be.
 inline int64_t balanced_rows(const Common& common, int64_t rows, int64_t images) {
   const int64_t threads = common.parallel.threads, most = threads * common.tile_rows;
   const int64_t rounds = larger(1, (rows * images + most - 1) / most);
   const int64_t even = (rows * images + threads * rounds - 1) / (threads * rounds);
-  return smaller(common.tile_rows, round_up(larger(1, smaller(even, rows)), ROW_BLOCK));
+  return smaller(common.tile_rows, larger(1, smaller(even, rows)));
 }
 
 // Bump allocation in one thread's scratch.

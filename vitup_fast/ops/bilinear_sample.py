@@ -73,10 +73,16 @@ def torch_backward(grad: Tensor, grid: Tensor, coords: Tensor, needs_grad: list[
     g = grad.reshape(-1, D).to(fx.dtype)  # [B * N, D]
     if needs_grad[0]:
         weights = torch.stack(((1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy))  # [4, B * N, 1]
-        total = torch.zeros(B * P * Q, D, dtype=g.dtype, device=g.device)
-        for index, weight in zip(indices, weights, strict=True):
-            total.index_add_(0, index, g * weight)
-        grads.append(total.view(B, P, Q, D).to(grid.dtype))
+        # Sums are wide, of the cells that were read where these are few; a wide copy of a whole fine grid is large.
+        compact = g.dtype != grid.dtype and indices.numel() < B * P * Q
+        cells, places = indices.unique(return_inverse=True) if compact else (None, indices)
+        total = torch.zeros(B * P * Q if cells is None else len(cells), D, dtype=g.dtype, device=g.device)
+        for place, weight in zip(places, weights, strict=True):
+            total.index_add_(0, place, g * weight)
+        total = total.to(grid.dtype)
+        if cells is not None:
+            total = total.new_zeros(B * P * Q, D).index_copy_(0, cells, total)
+        grads.append(total.view(B, P, Q, D))
     if needs_grad[1]:
         rows = grid.reshape(-1, D)
         # <grad, corner> per query; the derivative is a difference of these four numbers.

@@ -416,7 +416,9 @@ class Operator:
             ctx.others = [None if t else a for a, t in zip(arguments, is_tensor, strict=True)]
             ctx.is_tensor, ctx.impl = is_tensor, impl
 
-        def differentiate(ctx: object, grad: Tensor, _: object) -> tuple[Tensor | None, ...]:
+        def differentiate(ctx: object, grad: Tensor | None, _: object) -> tuple[Tensor | None, ...]:
+            if grad is None:
+                return (None,) * len(ctx.needs_input_grad)
             kept, *tensors = ctx.saved_tensors
             saved = iter(tensors)
             arguments = [
