@@ -614,8 +614,8 @@ def backward_rope_cross_attention(
         x.dtype, D, tile_rows=SHORTEST_TILE, scratch_bytes=cpu.attention_backward_scratch_bytes(T, d)
     )
     # More groups of queries where images and heads are fewer than threads; each has gradients of its own.
-    panels = -(-N // cpu.attention_backward_panel())
-    groups = max(1, min(panels, -(-torch.get_num_threads() // max(1, B * heads))))
+    most = -(-N // cpu.attention_backward_queries())
+    groups = max(1, min(most, -(-torch.get_num_threads() // max(1, B * heads))))
     grad_query = _arena.tensor(x.shape, x.dtype)
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     grad_rotated = torch.empty(x.shape) if needs_grad[1] else None

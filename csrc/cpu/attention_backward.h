@@ -1,13 +1,14 @@
-// Gradients of softmax(Q K^T / sqrt(d)) V, a panel of queries at a time. Scores are held transposed, tokens by queries:
+// Gradients of softmax(Q K^T / sqrt(d)) V, a group of queries at a time. Scores are held transposed, tokens by queries:
 // exponentials and their gradients are then whole vectors, and every product finds its operands in rows.
 
-constexpr int64_t TOKEN_BLOCK = 256;  // tokens whose scores are held at once; a multiple of every word
+constexpr int64_t TOKEN_BLOCK = 128;  // tokens whose scores are held at once; a multiple of every word
+constexpr int64_t QUERY_GROUP = 128;  // queries whose scores are held at once: sums over queries are written once for all
 
 template <class Operand>
 inline int64_t attention_backward_scratch(int64_t T, int64_t d) {
-  const int64_t tiles = TOKEN_BLOCK * (3 * PANEL + 2 * round_up(PANEL, 16)), panels = 5 * PANEL * round_up(d, 16);
+  const int64_t tiles = TOKEN_BLOCK * 5 * QUERY_GROUP, panels = 5 * QUERY_GROUP * round_up(d, 16);
   const int64_t matrices = d * round_up(T, 16) + 2 * T * d;
-  return round_up(4 * (tiles + panels + matrices + 2 * PANEL + 3 * d) + 19 * 64, 4096);
+  return round_up(4 * (tiles + panels + matrices + 2 * QUERY_GROUP + 3 * d) + 19 * 64, 4096);
 }
 
 // Rows of a matrix as operands: the rows themselves where they are held so, else converted.
@@ -19,18 +20,27 @@ inline Rows<Operand> as_operands(const T* from, int64_t rows, int64_t k, Scratch
   return {(int32_t*)converted, k, nullptr, nullptr};
 }
 
-// Rows [count, PANEL] as a packed matrix of PANEL columns over `count` inputs.
+// One vector of operands at a column of a row.
 template <class Operand>
-inline void pack_tile(const float* rows, int64_t count, int32_t* to) {
+inline void store_operands(const Rows<Operand>& to, int64_t row, int64_t column, Floats v) {
+  int32_t* words = to.words + row * to.stride + column / Operand::PER_WORD;
+  if constexpr (Operand::PER_WORD == 1)
+    store((float*)words, v);
+  else
+    store((bfloat16*)words, v);
+}
+
+// PANEL columns of `count` rows from a column on as a packed matrix over `count` inputs.
+template <class Operand>
+inline void pack_tile(const Rows<Operand>& rows, int64_t column, int64_t count, int32_t* to) {
   for (int64_t i = 0; i < word_count<Operand>(count); ++i)
     for (int64_t j = 0; j < PANEL; j += LANES) {
-      const float* first = rows + i * Operand::PER_WORD * PANEL + j;
+      const int32_t* first = rows.words + i * Operand::PER_WORD * rows.stride + (column + j) / Operand::PER_WORD;
       if constexpr (Operand::PER_WORD == 1) {
-        store((float*)to + i * PANEL + j, load(first));
+        store((float*)to + i * PANEL + j, load((const float*)first));
       } else {
-        const Floats second = 2 * i + 1 < count ? load(first + PANEL) : Floats{};
-        const Words low = __builtin_convertvector(rounded_to_bfloat16(load(first)), Words);
-        const Words high = __builtin_convertvector(rounded_to_bfloat16(second), Words);
+        const Words low = bfloat16_words((const bfloat16*)first, LANES);
+        const Words high = 2 * i + 1 < count ? bfloat16_words((const bfloat16*)(first + rows.stride), LANES) : Words{};
         store_as(to + i * PANEL + j, low | high << 16);
       }
     }
@@ -39,10 +49,10 @@ inline void pack_tile(const float* rows, int64_t count, int32_t* to) {
 template <class T, class C, class Operand>
 inline void attention_backward(const Common& common, const AttentionBackward& a) {
   constexpr bool PRECISE = sizeof(T) == 4;
-  const int64_t D = a.D, d = D / a.heads, all_tokens = a.token_h * a.token_w, panels = (a.N + PANEL - 1) / PANEL;
+  const int64_t D = a.D, d = D / a.heads, all_tokens = a.token_h * a.token_w, groups = (a.N + QUERY_GROUP - 1) / QUERY_GROUP;
   const float scale = 1.0f / __builtin_sqrtf((float)d), ln_2 = 0.693147181f;
   for_each(common.parallel, a.G * a.B * a.heads, [&](int64_t task, int64_t thread) {
-    const int64_t group = task / (a.B * a.heads), image = task / a.heads % a.B, head = task % a.heads;
+    const int64_t part = task / (a.B * a.heads), image = task / a.heads % a.B, head = task % a.heads;
     const int64_t matrix = image * a.heads + head;
     Scratch scratch{common.scratch + thread * common.scratch_bytes};
     const T* key = (const T*)a.key + matrix * all_tokens * d;
@@ -61,36 +71,39 @@ inline void attention_backward(const Common& common, const AttentionBackward& a)
       store(grad_value + i, Floats{});
     }
 
-    float* probability = scratch.take<float>(TOKEN_BLOCK * PANEL);
-    float* grad_score = scratch.take<float>(TOKEN_BLOCK * PANEL);
+    float* probability = scratch.take<float>(TOKEN_BLOCK * QUERY_GROUP);
+    float* grad_score = scratch.take<float>(TOKEN_BLOCK * QUERY_GROUP);
     int32_t* packed_grad_score = scratch.take<int32_t>(TOKEN_BLOCK * PANEL);
-    const Rows<Operand> probability_rows = Rows<Operand>::take(scratch, TOKEN_BLOCK, PANEL);
-    const Rows<Operand> grad_score_rows = Rows<Operand>::take(scratch, TOKEN_BLOCK, PANEL);
-    int32_t* query_columns = scratch.take<int32_t>(PANEL * word_count<Operand>(d));
-    int32_t* grad_columns = scratch.take<int32_t>(PANEL * word_count<Operand>(d));
-    int32_t* query_channels = scratch.take<int32_t>(round_up(d, LANES) * PANEL);
-    int32_t* grad_channels = scratch.take<int32_t>(round_up(d, LANES) * PANEL);
-    float* grad_query = scratch.take<float>(d * PANEL);
-    float* log2_sum = scratch.take<float>(PANEL);
-    float* delta = scratch.take<float>(PANEL);
+    const Rows<Operand> probability_rows = Rows<Operand>::take(scratch, TOKEN_BLOCK, QUERY_GROUP);
+    const Rows<Operand> grad_score_rows = Rows<Operand>::take(scratch, TOKEN_BLOCK, QUERY_GROUP);
+    int32_t* query_columns = scratch.take<int32_t>(QUERY_GROUP * word_count<Operand>(d));
+    int32_t* grad_columns = scratch.take<int32_t>(QUERY_GROUP * word_count<Operand>(d));
+    int32_t* query_channels = scratch.take<int32_t>(round_up(d, LANES) * QUERY_GROUP);
+    int32_t* grad_channels = scratch.take<int32_t>(round_up(d, LANES) * QUERY_GROUP);
+    float* grad_query = scratch.take<float>(d * QUERY_GROUP);
+    float* log2_sum = scratch.take<float>(QUERY_GROUP);
+    float* delta = scratch.take<float>(QUERY_GROUP);
     float* row = scratch.take<float>(d);
     float* cosines = scratch.take<float>(d);
     float* sines = scratch.take<float>(d);
 
-    for (int64_t panel = panels * group / a.G; panel < panels * (group + 1) / a.G; ++panel) {
-      const int64_t begin = panel * PANEL, count = smaller(PANEL, a.N - begin), offset = (image * a.N + begin) * D + head * d;
+    for (int64_t index = groups * part / a.G; index < groups * (part + 1) / a.G; ++index) {
+      const int64_t begin = index * QUERY_GROUP, count = smaller(QUERY_GROUP, a.N - begin), width = round_up(count, PANEL);
+      const int64_t offset = (image * a.N + begin) * D + head * d;
       const T* query = (const T*)a.rotated_query + offset;
       const T* grad = (const T*)a.grad + offset;
       const T* attended = (const T*)a.attended + offset;
-      const Pack columns{common.dtype, common.precision, {}, nullptr, 1, count, d, 0, D, 1, nullptr};
       const Pack transposed{common.dtype, common.precision, {}, nullptr, 1, d, count, 0, 1, D, nullptr};
-      pack_padded<Operand>(query, columns, query_columns);
-      pack_padded<Operand>(grad, columns, grad_columns);
+      for (int64_t j = 0; j < width; j += PANEL) {
+        const Pack columns{common.dtype, common.precision, {}, nullptr, 1, smaller(PANEL, count - j), d, 0, D, 1, nullptr};
+        pack_padded<Operand>(query + j * D, columns, query_columns + j * word_count<Operand>(d));
+        pack_padded<Operand>(grad + j * D, columns, grad_columns + j * word_count<Operand>(d));
+      }
       for (int64_t i = 0; i * PANEL < d; ++i) {
         pack_panel<Operand>(query, transposed, i, query_channels);
         pack_panel<Operand>(grad, transposed, i, grad_channels);
       }
-      for (int64_t j = 0; j < PANEL; ++j) {
+      for (int64_t j = 0; j < width; ++j) {
         // Beyond the last query every probability is zero.
         log2_sum[j] = j < count ? a.log2_sum[matrix * a.N + begin + j] : __builtin_inff();
         Floats products{};
@@ -100,28 +113,28 @@ inline void attention_backward(const Common& common, const AttentionBackward& a)
       }
       for (int64_t first = 0; first < all_tokens; first += TOKEN_BLOCK) {
         const int64_t tokens = smaller(TOKEN_BLOCK, all_tokens - first);
-        multiply(keys.from_row(first), tokens, query_columns, PANEL, d, 0, PANEL, 0, d, probability, PANEL, false);
-        multiply(values.from_row(first), tokens, grad_columns, PANEL, d, 0, PANEL, 0, d, grad_score, PANEL, false);
+        multiply(keys.from_row(first), tokens, query_columns, width, d, 0, width, 0, d, probability, QUERY_GROUP, false);
+        multiply(values.from_row(first), tokens, grad_columns, width, d, 0, width, 0, d, grad_score, QUERY_GROUP, false);
         for (int64_t t = 0; t < tokens; ++t) {
-          float* p = probability + t * PANEL;
-          float* g = grad_score + t * PANEL;
-          for (int64_t j = 0; j < PANEL; j += LANES) {
+          const float* p = probability + t * QUERY_GROUP;
+          const float* g = grad_score + t * QUERY_GROUP;
+          for (int64_t j = 0; j < width; j += LANES) {
             const Floats value = exp2<PRECISE>(load(p + j) - load(log2_sum + j));
-            store(p + j, value);
-            store(g + j, value * (load(g + j) - load(delta + j)));
+            store_operands(probability_rows, t, j, value);
+            store_operands(grad_score_rows, t, j, value * (load(g + j) - load(delta + j)));
           }
-          encode(probability_rows, t, 0, p, PANEL);
-          encode(grad_score_rows, t, 0, g, PANEL);
         }
-        pack_tile<Operand>(grad_score, tokens, packed_grad_score);
         multiply(probability_rows, tokens, grad_channels, d, count, 0, d, 0, count, grad_value + first * d, d, true);
         multiply(grad_score_rows, tokens, query_channels, d, count, 0, d, 0, count, grad_key + first * d, d, true);
-        Rows<Operand> part = channels;
-        part.words += first / Operand::PER_WORD;
-        multiply(part, d, packed_grad_score, PANEL, tokens, 0, PANEL, 0, tokens, grad_query, PANEL, first > 0);
+        Rows<Operand> block = channels;
+        block.words += first / Operand::PER_WORD;
+        for (int64_t j = 0; j < width; j += PANEL) {
+          pack_tile(grad_score_rows, j, tokens, packed_grad_score);
+          multiply(block, d, packed_grad_score, PANEL, tokens, 0, PANEL, 0, tokens, grad_query + j, QUERY_GROUP, first > 0);
+        }
       }
       for (int64_t j = 0; j < count; ++j) {
-        for (int64_t c = 0; c < d; ++c) row[c] = grad_query[c * PANEL + j] * scale;
+        for (int64_t c = 0; c < d; ++c) row[c] = grad_query[c * QUERY_GROUP + j] * scale;
         const C* xy = (const C*)a.coords.xy + 2 * (image * a.N + begin + j);
         rotation(xy[0] * (C)a.token_w, xy[1] * (C)a.token_h, a.inv_freq, d, cosines, sines);
         for (int64_t i = 0; i < d; i += LANES) {

@@ -183,7 +183,7 @@ void bind_cpu(py::module_ m) {
   m.def("attention_backward_scratch_bytes", [](int64_t T, int64_t head_dim) {
     return kernels().attention_backward_scratch_bytes(T, head_dim);
   });
-  m.def("attention_backward_panel", [] { return kernels().attention_backward_panel(); });
+  m.def("attention_backward_queries", [] { return kernels().attention_backward_queries(); });
   m.def(
       "attention_backward",
       [](const Context& c, Address grad, Address rotated_query, Address key, Address value, Address log2_sum,

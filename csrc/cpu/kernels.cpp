@@ -187,7 +187,7 @@ int64_t attention_backward_scratch_of(int64_t T, int64_t head_dim) {
   return attention_backward_scratch<Float32>(T, head_dim);
 }
 
-int64_t panel_of() { return PANEL; }
+int64_t query_group_of() { return QUERY_GROUP; }
 
 void film_mlp_of(const Common& common, const FilmMlp& a) {
   for_operand(common.dtype, common.precision, [&](auto tag, auto operand) {
@@ -236,7 +236,7 @@ const Kernels VITUP_TABLE(VITUP_ISA) = {
     rope_cross_attention_of,
     attention_backward_of,
     attention_backward_scratch_of,
-    panel_of,
+    query_group_of,
     film_mlp_of,
     film_mlp_backward_of,
     film_mlp_backward_scratch_of,

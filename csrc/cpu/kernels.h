@@ -242,7 +242,7 @@ struct Kernels {
   void (*rope_cross_attention)(const Common& common, const RopeCrossAttention& a);
   void (*attention_backward)(const Common& common, const AttentionBackward& a);
   int64_t (*attention_backward_scratch_bytes)(int64_t T, int64_t head_dim);
-  int64_t (*attention_backward_panel)();  // queries worked on at once
+  int64_t (*attention_backward_queries)();  // worked on at once
   void (*film_mlp)(const Common& common, const FilmMlp& a);
   void (*film_mlp_backward)(const Common& common, const FilmMlpBackward& a);
   int64_t (*film_mlp_backward_scratch_bytes)(int64_t width, int64_t tile_rows);

@@ -10,41 +10,6 @@ inline int64_t weight_gradient_scratch(int64_t inputs) {
   return round_up(4 * (words + GRADIENT_ROWS * PANEL) + 4 * 64, 4096);
 }
 
-inline Words bfloat16_words(const bfloat16* from, int64_t count) {
-  if (count >= LANES) return __builtin_convertvector(load_as<Halves>(from), Words);
-  return (Words)load_part(from, count) >> 16;
-}
-template <class T>
-inline Words bfloat16_words(const T* from, int64_t count) {
-  return __builtin_convertvector(rounded_to_bfloat16(load_part(from, count)), Words);
-}
-
-// `count` columns of `rows` rows as words, padded with zeros: [words, padded]. Adds the columns to `sums` if not null.
-template <class Operand, class T>
-inline void pack_columns(const T* from, int64_t stride, int64_t rows, int64_t count, int64_t padded, int32_t* to, float* sums) {
-  for (int64_t j = 0; j < padded; j += LANES) {
-    const int64_t left = larger(0, count - j);
-    for (int64_t i = 0; i < word_count<Operand>(rows); ++i) {
-      const T* at = from + i * Operand::PER_WORD * stride + j;
-      if constexpr (Operand::PER_WORD == 1) {
-        store((float*)to + i * padded + j, load_part(at, left));
-      } else {
-        const Words low = bfloat16_words(at, left);
-        const Words high = 2 * i + 1 < rows ? bfloat16_words(at + stride, left) : Words{};
-        store_as(to + i * padded + j, low | high << 16);
-      }
-    }
-    if (!sums) continue;
-    Floats total{};
-    for (int64_t first = 0; first < rows; first += 32) {  // sums of sums round less
-      Floats part{};
-      for (int64_t i = first; i < smaller(rows, first + 32); ++i) part += load_part(from + i * stride + j, left);
-      total += part;
-    }
-    store_part(sums + j, load_part(sums + j, left) + total, left);
-  }
-}
-
 template <class T, class Operand>
 inline void weight_gradient(const Common& common, const WeightGradient& a) {
   constexpr int64_t BLOCK = GRADIENT_WORDS * Operand::PER_WORD;
