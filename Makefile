@@ -9,7 +9,7 @@ demo: $(VENV)/demo.installed
 	$(VENV)/bin/vitup-fast upsample examples/chelsea.png -o out --size 150 226 --hidden-size 320 480 --pca --or-random
 
 test: $(VENV)/test.installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
 
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .
