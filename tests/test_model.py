@@ -114,6 +114,22 @@ def test_golden_gradients(golden, impl, chunk):
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
+def test_gradient_of_the_fine_grid_is_not_copied(golden, impl):
+    """It is by far the largest tensor of a training step."""
+    network = golden_network(golden, torch.float32)
+    hidden_states, patch_grid = golden_image(golden, torch.float32)
+    hidden_states, patch_grid = [h[:1] for h in hidden_states], patch_grid[:1].requires_grad_()
+    cache = network.prepare(hidden_states, patch_grid, impl=impl)
+    features = network(cache, golden["coords"][:1], impl=impl)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        features.sum().backward()
+    assert patch_grid.grad.any()
+    whole = [*patch_grid.shape]
+    passes = [event.name for event in profile.events() if event.input_shapes[:1] == [whole]]
+    assert not {"aten::fill_", "aten::copy_", "aten::add", "aten::add_"} & {*passes}, passes
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_golden_in_low_precision(golden, dtype, impl):
     """The budget holds against the golden outputs: rounding of weights and inputs counts for both alike."""

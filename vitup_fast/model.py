@@ -274,6 +274,14 @@ class ImageCache:
             images = slice(image, image + 1)
         return self._map(lambda t: t[images])
 
+    def _split(self, sizes: Sequence[int]) -> list[ImageCache]:
+        """Cut into caches of as many images each, whose gradients are joined in one pass, not padded and added."""
+        if len(sizes) == 1:
+            return [self]
+        tensors, blocks = (*self.keys, *self.values, *self.tokens, self.patch_grid), len(self.keys)
+        parts = zip(*(t.split(sizes) for t in tensors), strict=True)
+        return [ImageCache(*(p[i * blocks : (i + 1) * blocks] for i in range(3)), p[-1]) for p in parts]
+
     def to(self, *args: object, **kwargs: object) -> ImageCache:
         """Move or cast every tensor, with the arguments of :meth:`torch.Tensor.to`."""
         return self._map(lambda t: t.to(*args, **kwargs))
@@ -609,6 +617,7 @@ class ViTUp(nn.Module):
             decoders[L - 1] = DecoderWeights(*decoders[L - 1][:2], *folded)
         decode = norm_linear_argmax if options.labels else norm_linear
 
+        caches = cache._split([group.stop - group.start for group in groups])
         # Pieces to concatenate where a graph is recorded or there is one piece; else written where they belong.
         concatenates = tracks_grad or len(spans) * len(groups) == 1
         pieces: list[list[Tensor]] = []
@@ -616,9 +625,9 @@ class ViTUp(nn.Module):
         for span in spans:
             part = queries(span)
             walked: list[list[Tensor]] = []
-            for group in groups:
+            for images, group in zip(caches, groups, strict=True):
                 layers = self._walk(
-                    cache[group], part.coords[group], part.tables, weights, decoders, decode, impl
+                    images, part.coords[group], part.tables, weights, decoders, decode, impl
                 )  # [b, n, E] or [b, n] each
                 if concatenates:
                     walked.append(layers)

@@ -6,6 +6,9 @@ ViT-Up, arXiv 2606.14024. ``align_corners=False`` with border clamping: pixel po
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -65,6 +68,15 @@ def _forward(grid: Tensor, coords: Tensor) -> Tensor:
     return torch.lerp(top, bottom, fy).to(grid.dtype).view(*coords.shape[:2], grid.shape[-1])
 
 
+def _zeros_of_few_writes(like: Tensor, rows: int) -> Tensor:
+    """``[rows, D]`` zeros. On a CPU the system clears pages as they are written: most of them never are."""
+    shape = rows, like.shape[-1]
+    if like.device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return like.new_zeros(shape)
+    pages = mmap.mmap(-1, math.prod(shape) * like.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
+
+
 def torch_backward(grad: Tensor, grid: Tensor, coords: Tensor, needs_grad: list[bool]) -> list[Tensor]:
     """Gradients for grid and coordinates, by PyTorch."""
     B, P, Q, D = grid.shape
@@ -73,15 +85,15 @@ def torch_backward(grad: Tensor, grid: Tensor, coords: Tensor, needs_grad: list[
     g = grad.reshape(-1, D).to(fx.dtype)  # [B * N, D]
     if needs_grad[0]:
         weights = torch.stack(((1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy))  # [4, B * N, 1]
-        # Sums are wide, of the cells that were read where these are few; a wide copy of a whole fine grid is large.
-        compact = g.dtype != grid.dtype and indices.numel() < B * P * Q
-        cells, places = indices.unique(return_inverse=True) if compact else (None, indices)
-        total = torch.zeros(B * P * Q if cells is None else len(cells), D, dtype=g.dtype, device=g.device)
+        # Where few cells were read only these are summed, and widely: a fine grid is large.
+        few = indices.numel() < B * P * Q and (grid.device.type == "cpu" or g.dtype != grid.dtype)
+        cells, places = indices.unique(return_inverse=True) if few else (None, indices)
+        total = g.new_zeros(len(cells) if few else B * P * Q, D)
         for place, weight in zip(places, weights, strict=True):
             total.index_add_(0, place, g * weight)
         total = total.to(grid.dtype)
-        if cells is not None:
-            total = total.new_zeros(B * P * Q, D).index_copy_(0, cells, total)
+        if few:
+            total = _zeros_of_few_writes(total, B * P * Q).index_copy_(0, cells, total)
         grads.append(total.view(B, P, Q, D))
     if needs_grad[1]:
         rows = grid.reshape(-1, D)
