@@ -417,9 +417,12 @@ class ViTUp(nn.Module):
         heads = (self.config.num_heads, self.config.head_dim)
         keys, values, tokens = [], [], []
         for block, hidden in zip(self.vit_up_blocks, hidden_states, strict=True):
-            flat, attention = hidden.flatten(1, 2), block.cross_attention  # [B, h * w, D]
-            key = norm_linear(flat, *_parameters(block.norm_h_global, attention.k_proj), impl=impl)
-            value = norm_linear(flat, *_parameters(block.norm_h_global, attention.v_proj), impl=impl)
+            attention = block.cross_attention
+            projections = (_parameters(layer) for layer in (attention.k_proj, attention.v_proj))
+            weight, bias = (torch.cat(pair) for pair in zip(*projections, strict=True))  # [2 D, D], [2 D]
+            norm = _parameters(block.norm_h_global)
+            both = norm_linear(hidden.flatten(1, 2), *norm, weight, bias, impl=impl)  # [B, h * w, 2 D]
+            key, value = both.chunk(2, dim=-1)  # [B, h * w, D] each
             key = rotate_pairs(key.unflatten(-1, heads), angles)  # [B, h * w, Hh, d]
             keys.append(key.transpose(1, 2).contiguous())
             values.append(value.unflatten(-1, heads).transpose(1, 2).contiguous())
