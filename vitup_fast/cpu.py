@@ -19,6 +19,7 @@ from .config import LAYER_NORM_EPS
 from .extension import load
 from .ops.bilinear_sample import torch_backward as bilinear_sample_backward
 from .ops.coordinates import nearest_token
+from .ops.film_mlp import kept_bytes as film_kept_bytes
 from .ops.film_mlp import position_code_backward
 from .ops.primitives import MLPWeights
 from .ops.rope_cross_attention import AttentionWeights, rotation_backward
@@ -50,23 +51,22 @@ class _Arena(threading.local):
         """Begin a call: what earlier calls took is free again."""
         size = min(self.wanted, ARENA_BYTES)
         if self.memory.nbytes < size:
-            self.memory = torch.empty(size, dtype=torch.uint8)
+            self.memory = _aligned_bytes(size)
         self.used = self.wanted = 0
 
     def take(self, size: int) -> Tensor:
         """Memory from the start of a cache line on, for this call alone."""
-        size = -(-size // 64) * 64 + 64
+        whole_lines = -(-size // 64) * 64
         start = self.used
-        self.wanted += size
+        self.wanted += whole_lines
         if start + size > self.memory.nbytes:
-            return _aligned(torch.empty(size, dtype=torch.uint8))
-        self.used += size
-        return _aligned(self.memory[start : self.used])
+            return _aligned_bytes(size)
+        self.used += whole_lines
+        return self.memory[start : start + size]
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor in such memory."""
-        size = math.prod(shape) * dtype.itemsize
-        return self.take(size)[:size].view(dtype).view(shape)
+        return self.take(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def begin_call() -> None:
@@ -74,9 +74,11 @@ def begin_call() -> None:
     _arena.begin()
 
 
-def _aligned(memory: Tensor) -> Tensor:
-    """Drop the bytes before the first whole cache line."""
-    return memory[-memory.data_ptr() % 64 :]
+def _aligned_bytes(size: int) -> Tensor:
+    """Memory from the start of a cache line on."""
+    memory = torch.empty(size + 63, dtype=torch.uint8)
+    start = -memory.data_ptr() % 64
+    return memory[start : start + size]
 
 
 _arena = _Arena()
@@ -124,8 +126,8 @@ class Context:
         self.native = cpu.Context(self.name, False, threads, rows, start, per_thread)
 
     def _take(self, size: int) -> Tensor:
-        """Memory of ``size`` bytes or a little more."""
-        return _aligned(torch.empty(size + 64, dtype=torch.uint8)) if self.keep else _arena.take(size)
+        """Memory from the start of a cache line on, for as long as packed weights live."""
+        return _aligned_bytes(size) if self.keep else _arena.take(size)
 
     def vector(self, values: Tensor) -> Tensor:
         """A vector of parameters as kernels take it."""
@@ -141,8 +143,7 @@ class Context:
         *_, n, k = matrices.shape
         batch = matrices.flatten(0, -3) if matrices.dim() > 2 else matrices.unsqueeze(0)
         words = self.kernels.packed_words(self.name, int8, n, k)
-        size = 4 * batch.shape[0] * words
-        packed = self._take(size)[:size].view(torch.int32).view(batch.shape[0], words)
+        packed = self._take(4 * batch.shape[0] * words).view(torch.int32).view(batch.shape[0], words)
         context = self.handle if int8 else self.native
         self.kernels.pack(context, batch.data_ptr(), batch.shape[0], n, k, *batch.stride(), packed.data_ptr())
         return packed
@@ -382,16 +383,6 @@ class Film(NamedTuple):
     out_norm: Held
 
 
-class KeptFilm(NamedTuple):
-    """What the backward pass of the FiLM MLP wants of its forward pass."""
-
-    preactivation: Tensor | None  # [B, N, E]
-    local: Tensor | None  # [B, N, D], before the output LayerNorm
-
-
-NOTHING_KEPT = KeptFilm(None, None)
-
-
 def film_mlp_at(
     context: Context,
     x: Tensor,
@@ -400,7 +391,7 @@ def film_mlp_at(
     weights: Film,
     freqs: Tensor,
     out: Tensor,
-    kept: KeptFilm = NOTHING_KEPT,
+    kept: Tensor | None = None,
 ) -> None:
     """Add the MLP of the nearest token, modulated by where in its cell the query lies; ``out`` may be ``x``."""
     context.kernels.film_mlp_at(
@@ -413,7 +404,7 @@ def film_mlp_at(
         freqs.shape[0],
         weights.mlp.handle,
         weights.out_norm.handle,
-        *(_address(t) for t in (out, *kept)),
+        *(_address(t) for t in (out, kept)),
         *x.shape,
         *tokens.shape[1:3],
     )
@@ -428,7 +419,7 @@ def film_mlp_from_table(
     token: Tensor,  # [N]
     weights: Film,
     out: Tensor,
-    kept: KeptFilm = NOTHING_KEPT,
+    kept: Tensor | None = None,
 ) -> None:
     """Do what :func:`film_mlp_at` does with gamma and beta from a table; ``out`` may be ``x``."""
     addresses = (t.data_ptr() for t in (x, tokens, table, row, token))
@@ -437,7 +428,7 @@ def film_mlp_from_table(
         *addresses,
         weights.mlp.handle,
         weights.out_norm.handle,
-        *(_address(t) for t in (out, *kept)),
+        *(_address(t) for t in (out, kept)),
         *x.shape,
         *tokens.shape[1:3],
     )
@@ -507,12 +498,6 @@ def forward_rope_cross_attention(
     return out
 
 
-def _kept_film(kept: Tensor, x: Tensor, hidden: int) -> KeptFilm:
-    """What a FiLM MLP keeps, in bytes that it was given."""
-    B, N, D = x.shape
-    return KeptFilm(*_parts(kept, ((B, N, hidden), x.dtype), ((B, N, D), x.dtype)))
-
-
 def forward_film_mlp(
     int8: bool,
     x: Tensor,
@@ -528,15 +513,14 @@ def forward_film_mlp(
     context = Context(x.dtype, max(x.shape[-1], 2 + 4 * bands), int8=int8)
     mlp, out_norm = context.mlp(MLPWeights(*weights[:6])), context.norm(*weights[6:])
     out = torch.empty_like(x)
-    for_backward = NOTHING_KEPT if kept is None else _kept_film(kept, x, weights[2].shape[0])
     if table is None:
         coords, freqs = coords.contiguous(), freqs.float().contiguous()
         film = Film(context.position(*position), mlp, out_norm)
-        film_mlp_at(context, x, coords, tokens, film, freqs, out, for_backward)
+        film_mlp_at(context, x, coords, tokens, film, freqs, out, kept)
     else:
         table, row, token = context.vector(table), row.contiguous(), token.contiguous()
         film = Film(None, mlp, out_norm)
-        film_mlp_from_table(context, x, tokens, table, row, token, film, out, for_backward)
+        film_mlp_from_table(context, x, tokens, table, row, token, film, out, kept)
     return out
 
 
@@ -659,9 +643,8 @@ def backward_film_mlp(
     mlp, out_norm_weights = MLPWeights(*weights[:6]), weights[6:]
     D, E = mlp.weight2.shape
     if kept is None:
-        kept = torch.empty(x.shape[0] * x.shape[1] * (E + D) * x.element_size(), dtype=torch.uint8)
+        kept = torch.empty(film_kept_bytes(x, coords, tokens, *arguments), dtype=torch.uint8)
         forward_film_mlp(False, x, coords, tokens, *arguments, kept=kept)
-    preactivation, local = _kept_film(kept, x, E)
     tokens = tokens.contiguous()
     (B, N, _), (h, w) = x.shape, tokens.shape[1:3]
     needs_coords, needs_tokens = needs_grad[1:3]
@@ -691,7 +674,7 @@ def backward_film_mlp(
     if needs_tokens and x.dtype != torch.float32:
         token_sums = _arena.tensor(tokens.shape, torch.float32)
     backward = cpu.FilmMlpBackward(
-        *(t.data_ptr() for t in (grad, tokens, preactivation, local)),
+        *(t.data_ptr() for t in (grad, tokens, kept)),
         *(held.handle for held in (norm, out_norm, second_transposed, first_transposed)),
         *(_address(t) for t in (grad_local, normed, hidden, grad_preactivation)),
         *(t.data_ptr() for t in (nearest, grad_nearest, grad_gamma_beta, norm_sums, grad_norms)),
@@ -704,15 +687,13 @@ def backward_film_mlp(
     else:
         coords, freqs = coords.contiguous(), freqs.float().contiguous()
         weight1, bias1, weight2, _ = position
-        folded = context.position(*position)
-        transposed = (context.matrix(weight.mT, bias1, int8=False) for weight in (weight2, weight1))
-        known = *folded, *transposed
+        transposed = [context.matrix(weight.mT, bias1) for weight in (weight2, weight1)]
         padded = -(-weight1.shape[1] // 16) * 16
         code, position_hidden, grad_position = rows(padded), rows(D), rows(D)
         grad_code = rows(padded, torch.float32) if needs_coords else None
         backward.from_coordinates(
             *_coords(coords),
-            *(held.handle for held in known),
+            *(held.handle for held in transposed),
             freqs.data_ptr(),
             bands,
             *(_address(t) for t in (code, position_hidden, grad_position, grad_code)),

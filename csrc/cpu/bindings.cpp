@@ -203,10 +203,10 @@ void bind_cpu(py::module_ m) {
       "film_mlp_at",
       [](const Context& c, Address x, Address tokens, Address coords, bool float64, const Matrix& position,
          const Matrix& gamma, const Matrix& beta, Address freqs, int64_t bands, const Mlp& mlp, const Norm& out_norm,
-         Address out, Address preactivation, Address local, int64_t B, int64_t N, int64_t D, int64_t token_h, int64_t token_w) {
+         Address out, Address kept, int64_t B, int64_t N, int64_t D, int64_t token_h, int64_t token_w) {
         FilmMlp a{};
         a.x = pointer<const void>(x), a.tokens = pointer<const void>(tokens), a.out = pointer<void>(out);
-        a.preactivation = pointer<void>(preactivation), a.local = pointer<void>(local);
+        a.kept = pointer<void>(kept);
         a.coords = {pointer<const void>(coords), float64};
         a.position = position, a.gamma = gamma, a.beta = beta;
         a.freqs = pointer<const float>(freqs), a.bands = bands;
@@ -218,11 +218,10 @@ void bind_cpu(py::module_ m) {
   m.def(
       "film_mlp_from_table",
       [](const Context& c, Address x, Address tokens, Address table, Address row, Address token, const Mlp& mlp,
-         const Norm& out_norm, Address out, Address preactivation, Address local, int64_t B, int64_t N, int64_t D,
-         int64_t token_h, int64_t token_w) {
+         const Norm& out_norm, Address out, Address kept, int64_t B, int64_t N, int64_t D, int64_t token_h, int64_t token_w) {
         FilmMlp a{};
         a.x = pointer<const void>(x), a.tokens = pointer<const void>(tokens), a.out = pointer<void>(out);
-        a.preactivation = pointer<void>(preactivation), a.local = pointer<void>(local);
+        a.kept = pointer<void>(kept);
         a.table = pointer<const float>(table), a.row = pointer<const int64_t>(row), a.token = pointer<const int64_t>(token);
         a.mlp = mlp, a.out_norm = out_norm;
         a.B = B, a.N = N, a.D = D, a.token_h = token_h, a.token_w = token_w;
@@ -230,7 +229,7 @@ void bind_cpu(py::module_ m) {
       },
       release);
   py::class_<FilmMlpBackward>(m, "FilmMlpBackward")
-      .def(py::init([](Address grad, Address tokens, Address preactivation, Address local, const Norm& norm,
+      .def(py::init([](Address grad, Address tokens, Address kept, const Norm& norm,
                        const Norm& out_norm, const Matrix& second_transposed, const Matrix& first_transposed,
                        Address grad_local, Address normed, Address hidden, Address grad_preactivation, Address nearest,
                        Address grad_nearest, Address grad_gamma_beta, Address norm_sums, Address grad_norms,
@@ -238,7 +237,7 @@ void bind_cpu(py::module_ m) {
                        int64_t token_h, int64_t token_w) {
         FilmMlpBackward a{};
         a.grad = pointer<const void>(grad), a.tokens = pointer<const void>(tokens);
-        a.preactivation = pointer<const void>(preactivation), a.local = pointer<const void>(local);
+        a.kept = pointer<const void>(kept);
         a.norm = norm, a.out_norm = out_norm;
         a.second_transposed = second_transposed, a.first_transposed = first_transposed;
         a.grad_local = pointer<void>(grad_local), a.normed = pointer<void>(normed), a.hidden = pointer<void>(hidden);
@@ -256,11 +255,10 @@ void bind_cpu(py::module_ m) {
              a.token = pointer<const int64_t>(token);
            })
       .def("from_coordinates",
-           [](FilmMlpBackward& a, Address coords, bool float64, const Matrix& position, const Matrix& gamma,
-              const Matrix& beta, const Matrix& second_transposed, const Matrix& first_transposed, Address freqs,
-              int64_t bands, Address code, Address hidden, Address grad_preactivation, Address grad_code) {
+           [](FilmMlpBackward& a, Address coords, bool float64, const Matrix& second_transposed,
+              const Matrix& first_transposed, Address freqs, int64_t bands, Address code, Address hidden,
+              Address grad_preactivation, Address grad_code) {
              a.coords = {pointer<const void>(coords), float64};
-             a.position = position, a.gamma = gamma, a.beta = beta;
              a.position_second_transposed = second_transposed, a.position_first_transposed = first_transposed;
              a.freqs = pointer<const float>(freqs), a.bands = bands;
              a.code = pointer<void>(code), a.position_hidden = pointer<void>(hidden);

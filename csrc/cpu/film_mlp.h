@@ -15,21 +15,27 @@ inline void position_code(C x, C y, const float* freqs, int64_t bands, float* co
     }
 }
 
-// What the backward pass wants of the modulation of a tile.
+// What the forward pass keeps, each for all queries: the last three only where gamma and beta are computed.
 template <class T>
-struct Modulation {
-  float* gamma;      // [rows, D]
-  T* preactivation;  // [rows, D]
-  T* code;           // [rows, P]
-  int64_t* nearest;  // [rows], of all images' tokens
+struct KeptFilm {
+  T* preactivation;  // [B, N, E], of the MLP
+  T* local;          // [B, N, D], before the output LayerNorm
+  T* position;       // [B, N, D], preactivation of the position MLP
+  T* gamma;          // [B, N, D]
+  T* modulated;      // [B, N, D]
+
+  KeptFilm(const void* kept, int64_t queries, int64_t E, int64_t D) : preactivation((T*)kept) {
+    local = preactivation + queries * E, position = local + queries * D;
+    gamma = position + queries * D, modulated = gamma + queries * D;
+  }
 };
 
-// m [rows, D] of queries with gamma and beta computed from their coordinates; Arguments is FilmMlp or its backward pass.
-template <class T, class C, class Operand, class Arguments>
-inline void modulate_at(const Arguments& a, int64_t image, int64_t begin, int64_t rows, Scratch scratch, float* m,
-                        const Modulation<T>* kept = nullptr) {
+// m [rows, D] of queries with gamma and beta computed from their coordinates.
+template <class T, class C, class Operand>
+inline void modulate_at(const FilmMlp& a, int64_t image, int64_t begin, int64_t rows, Scratch scratch, float* m) {
   constexpr bool PRECISE = sizeof(T) == 4;
-  const int64_t padded = round_up(2 + 4 * a.bands, 16);
+  const int64_t padded = round_up(2 + 4 * a.bands, 16), first = (image * a.N + begin) * a.D;
+  const KeptFilm<T> kept(a.kept, a.B * a.N, a.mlp.first.n, a.D);
   float* code = scratch.take<float>(padded);
   int64_t* tokens = scratch.take<int64_t>(rows);
   const Rows<Operand> codes = Rows<Operand>::take(scratch, rows, padded);
@@ -38,17 +44,13 @@ inline void modulate_at(const Arguments& a, int64_t image, int64_t begin, int64_
     tokens[r] = nearest.token;
     position_code(nearest.x, nearest.y, a.freqs, a.bands, code, padded);
     encode(codes, r, 0, code, padded);
-    if (kept) {
-      kept->nearest[r] = image * a.token_h * a.token_w + nearest.token;
-      for (int64_t i = 0; i < padded; i += LANES) store(kept->code + r * padded + i, load(code + i));
-    }
   }
   const Rows<Operand> hidden = Rows<Operand>::take(scratch, rows, a.D);
   multiply(codes, rows, a.position.words, a.D, a.position.k, 0, a.D, 0, a.position.k, m, a.D, false);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t i = 0; i < a.D; i += LANES) {
       const Floats preactivation = load(m + r * a.D + i) + load(a.position.bias + i);
-      if (kept) store(kept->preactivation + r * a.D + i, preactivation);
+      if (a.kept) store(kept.position + first + r * a.D + i, preactivation);
       store(m + r * a.D + i, gelu<PRECISE>(preactivation));
     }
     encode(hidden, r, 0, m + r * a.D, a.D);
@@ -65,23 +67,24 @@ inline void modulate_at(const Arguments& a, int64_t image, int64_t begin, int64_
         const Floats token = load(image_tokens + tokens[r] * a.D + d + i);
         const Floats scale = load(gamma + r * PANEL + i) + load(a.gamma.bias + d + i);
         const Floats shift = load(beta + r * PANEL + i) + load(a.beta.bias + d + i);
-        if (kept) store(kept->gamma + r * a.D + d + i, scale);
-        store(m + r * a.D + d + i, token + token * scale + shift);
+        const Floats modulated = token + token * scale + shift;
+        if (a.kept) {
+          store(kept.gamma + first + r * a.D + d + i, scale);
+          store(kept.modulated + first + r * a.D + d + i, modulated);
+        }
+        store(m + r * a.D + d + i, modulated);
       }
   }
 }
 
 // m [rows, D] of queries whose gamma and beta are rows of a table.
 template <class T, class Arguments>
-inline void modulate_from_table(const Arguments& a, int64_t image, int64_t begin, int64_t rows, float* m,
-                                const Modulation<T>* kept = nullptr) {
+inline void modulate_from_table(const Arguments& a, int64_t image, int64_t begin, int64_t rows, float* m) {
   for (int64_t r = 0; r < rows; ++r) {
     const float* gamma = a.table + a.row[begin + r] * 2 * a.D;
     const int64_t nearest = image * a.token_h * a.token_w + a.token[begin + r];
-    if (kept) kept->nearest[r] = nearest;
     for (int64_t i = 0; i < a.D; i += LANES) {
       const Floats token = load((const T*)a.tokens + nearest * a.D + i);
-      if (kept) store(kept->gamma + r * a.D + i, load(gamma + i));
       store(m + r * a.D + i, token + token * load(gamma + i) + load(gamma + a.D + i));
     }
   }
@@ -103,15 +106,16 @@ inline void film_mlp(const Common& common, const FilmMlp& a) {
       layer_norm(m + r * D, a.mlp.norm, D, m + r * D);
       encode(normed, r, 0, m + r * D, D);
     }
-    T* preactivation = a.preactivation ? (T*)a.preactivation + (image * a.N + begin) * a.mlp.first.n : nullptr;
-    two_layers(normed, rows, a.mlp.first, a.mlp.second, scratch, m, D, preactivation);
-    const T* x = (const T*)a.x + (image * a.N + begin) * D;
-    T* out = (T*)a.out + (image * a.N + begin) * D;
+    const int64_t E = a.mlp.first.n, first = image * a.N + begin;
+    const KeptFilm<T> kept(a.kept, a.B * a.N, E, D);
+    two_layers(normed, rows, a.mlp.first, a.mlp.second, scratch, m, D, a.kept ? kept.preactivation + first * E : nullptr);
+    const T* x = (const T*)a.x + first * D;
+    T* out = (T*)a.out + first * D;
     for (int64_t r = 0; r < rows; ++r) {
       float* local = m + r * D;
       for (int64_t i = 0; i < D; i += LANES) {
         store(local + i, load(local + i) + load(a.mlp.second.bias + i));
-        if (a.local) store((T*)a.local + (image * a.N + begin + r) * D + i, load(local + i));
+        if (a.kept) store(kept.local + (first + r) * D + i, load(local + i));
       }
       layer_norm(local, a.out_norm, D, local);
       for (int64_t i = 0; i < D; i += LANES) store(out + r * D + i, load(x + r * D + i) + load(local + i));
@@ -155,13 +159,24 @@ inline void film_mlp_backward(const Common& common, const FilmMlpBackward& a) {
     float* centred = scratch.take<float>(rows * D);
     float* gamma = scratch.take<float>(rows * D);
     float* grad_normed = scratch.take<float>(rows * D);
-    T* preactivation = scratch.take<T>(rows * D);
-    T* code = (T*)a.code + first * P;
-    const Modulation<T> kept{gamma, preactivation, code, a.nearest + first};
-    if (a.coords.xy)
-      modulate_at<T, C, Operand>(a, image, begin, rows, scratch, centred, &kept);
-    else
-      modulate_from_table<T>(a, image, begin, rows, centred, &kept);
+    const KeptFilm<T> kept(a.kept, a.B * a.N, E, D);
+    if (a.coords.xy) {
+      float* code = scratch.take<float>(P);
+      for (int64_t r = 0; r < rows; ++r) {
+        const auto nearest = nearest_token((const C*)a.coords.xy + 2 * (first + r), a.token_h, a.token_w);
+        a.nearest[first + r] = image * a.token_h * a.token_w + nearest.token;
+        position_code(nearest.x, nearest.y, a.freqs, a.bands, code, P);
+        for (int64_t i = 0; i < P; i += LANES) store((T*)a.code + (first + r) * P + i, load(code + i));
+      }
+      widen(kept.gamma + first * D, rows * D, gamma);
+      widen(kept.modulated + first * D, rows * D, centred);
+    } else {
+      modulate_from_table<T>(a, image, begin, rows, centred);
+      for (int64_t r = 0; r < rows; ++r) {
+        a.nearest[first + r] = image * a.token_h * a.token_w + a.token[begin + r];
+        widen(a.table + a.row[begin + r] * 2 * D, D, gamma + r * D);
+      }
+    }
 
     float* grad_norm = a.norm_sums + task * 4 * D;
     for (int64_t i = 0; i < 4 * D; i += LANES) store(grad_norm + i, Floats{});
@@ -170,7 +185,7 @@ inline void film_mlp_backward(const Common& common, const FilmMlpBackward& a) {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (first + r) * D;
       float* local = row + D;
-      widen((const T*)a.local + at, D, local);
+      widen(kept.local + at, D, local);
       const float local_rstd = centre(local, a.out_norm, D, local);
       widen((const T*)a.grad + at, D, row);
       layer_norm_backward(row, local, local_rstd, a.out_norm, D, grad_out_norm, grad_out_norm + D, row);
@@ -180,7 +195,7 @@ inline void film_mlp_backward(const Common& common, const FilmMlpBackward& a) {
       rstd[r] = centre(centred + r * D, a.norm, D, centred + r * D);
       if (a.normed) scale_and_shift(centred + r * D, rstd[r], a.norm, D, (T*)a.normed + at);
     }
-    two_layers_backward(grads, rows, (const T*)a.preactivation + first * E, a.second_transposed, a.first_transposed, scratch,
+    two_layers_backward(grads, rows, kept.preactivation + first * E, a.second_transposed, a.first_transposed, scratch,
                         a.hidden ? (T*)a.hidden + first * E : nullptr, (T*)a.grad_preactivation + first * E, grad_normed, D);
 
     // From here on `grads` holds the gradients of gamma and beta.
@@ -197,7 +212,7 @@ inline void film_mlp_backward(const Common& common, const FilmMlpBackward& a) {
       encode(grads, r, 0, row, 2 * D);
     }
     if (a.coords.xy)
-      two_layers_backward(grads, rows, preactivation, a.position_second_transposed, a.position_first_transposed, scratch,
+      two_layers_backward(grads, rows, kept.position + first * D, a.position_second_transposed, a.position_first_transposed, scratch,
                           (T*)a.position_hidden + first * D, (T*)a.grad_position_preactivation + first * D,
                           a.grad_code ? a.grad_code + first * P : nullptr, P);
   });

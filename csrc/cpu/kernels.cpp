@@ -210,7 +210,7 @@ void film_mlp_backward_of(const Common& common, const FilmMlpBackward& a) {
 }
 
 int64_t film_mlp_backward_scratch_of(int64_t width, int64_t rows) {
-  const int64_t wide = 8 * (width + 32) * 4, chunk = 4 * HIDDEN_CHUNK * 2 + 4 * PANEL * 2 + 64;
+  const int64_t wide = 6 * (width + 32) * 4, chunk = 4 * HIDDEN_CHUNK * 2 + 64;
   return round_up(rows * (wide + chunk) + 32 * (width + 256), 4096);
 }
 

@@ -170,9 +170,7 @@ struct FilmMlp {
   Mlp mlp;
   Norm out_norm;
   void* out;  // [B, N, D]
-  // Kept for the backward pass if not null: inside the MLP and after it.
-  void* preactivation;  // [B, N, E]
-  void* local;          // [B, N, D]
+  void* kept;  // for the backward pass: [B, N, E + D] numbers, with coordinates 3 D more; may be null
   int64_t B, N, D, token_h, token_w;
 };
 
@@ -181,15 +179,13 @@ struct FilmMlpBackward {
   const void* grad;    // [B, N, D]
   const void* tokens;  // [B, h, w, D]
   Coordinates coords;  // xy == nullptr: gamma and beta come from the table
-  Matrix position, gamma, beta;
   Matrix position_second_transposed, position_first_transposed;  // [D, 2 D] and [2 + 4 F, D]
   const float* freqs;  // [F]
   int64_t bands;
   const float* table;    // [R, 2 D]
   const int64_t* row;    // [N]
   const int64_t* token;  // [N]
-  const void* preactivation;  // [B, N, E]
-  const void* local;          // [B, N, D]
+  const void* kept;  // by the forward pass
   Norm norm, out_norm;
   Matrix second_transposed, first_transposed;
   void* grad_local;          // [B, N, D]

@@ -231,10 +231,11 @@ def position_code_backward(
     return torch.stack((grad_relative[..., 0] * w, grad_relative[..., 1] * h), dim=-1)
 
 
-def _kept_bytes(x: Tensor, *others: Tensor | None) -> int:
-    """Size of the hidden layer before its GELU, and of the MLP's output."""
-    hidden, D = others[8].shape
-    return x.shape[0] * x.shape[1] * (hidden + D) * x.element_size()
+def kept_bytes(x: Tensor, coords: Tensor | None, tokens: Tensor, *others: Tensor | None) -> int:
+    """Size of the hidden layer and the MLP's output; without a table also of position layer, gamma, modulated token."""
+    hidden, D = others[6].shape
+    modulation = 3 * D if others[12] is None else 0
+    return x.shape[0] * x.shape[1] * (hidden + D + modulation) * x.element_size()
 
 
 _operator = Operator(
@@ -248,7 +249,7 @@ _operator = Operator(
     kernels={
         "torch": Kernels(_forward, _backward),
         **gpu_kernels("film_mlp"),
-        **cpu_kernels("film_mlp", _kept_bytes),
+        **cpu_kernels("film_mlp", kept_bytes),
     },
 )
 
