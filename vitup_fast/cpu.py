@@ -148,11 +148,12 @@ class Context:
         self.kernels.pack(context, batch.data_ptr(), batch.shape[0], n, k, *batch.stride(), packed.data_ptr())
         return packed
 
-    def matrix(self, weight: Tensor, bias: Tensor, *, int8: bool | None = None) -> Held:
-        """A linear layer; ``weight`` is ``[N, K]``, ``bias`` ``[N]``."""
+    def matrix(self, weight: Tensor, bias: Tensor | None, *, int8: bool | None = None) -> Held:
+        """A linear layer; ``weight`` is ``[N, K]``, ``bias`` ``[N]``. Kernels of backward passes read no bias."""
         packed = self.pack(weight.detach(), int8=self.int8 if int8 is None else int8)
-        tensors = packed, self.vector(bias)
-        return Held(self.kernels.Matrix(*(t.data_ptr() for t in tensors), *weight.shape), tensors)
+        tensors = (packed,) if bias is None else (packed, self.vector(bias))
+        addresses = packed.data_ptr(), 0 if bias is None else tensors[1].data_ptr()
+        return Held(self.kernels.Matrix(*addresses, *weight.shape), tensors)
 
     def mlp(self, weights: MLPWeights) -> Held:
         """An MLP with its LayerNorm."""
@@ -270,7 +271,7 @@ def norm_linear_backward(
     E, D = weight.shape
     rows = x.numel() // D
     context = Context(x.dtype, max(E, D))
-    norm, transposed = context.norm(norm_weight, norm_bias), context.matrix(weight.mT, norm_bias)
+    norm, transposed = context.norm(norm_weight, norm_bias), context.matrix(weight.mT, None)
     normed = _arena.tensor(x.shape, x.dtype) if needs_grad[3] or needs_grad[4] else None
     grad_x = torch.empty_like(x)
     norm_sums = _arena.tensor((context.kernels.tiles(context.handle, rows, 1), 2, D), torch.float32)
@@ -302,8 +303,8 @@ def mlp_backward(
     rows = x.numel() // D
     context = Context(x.dtype, D)
     norm = context.norm(*weights[:2])
-    second_transposed = context.matrix(weights.weight2.mT, weights.bias1)
-    first_transposed = context.matrix(weights.weight1.mT, weights.bias2)
+    second_transposed = context.matrix(weights.weight2.mT, None)
+    first_transposed = context.matrix(weights.weight1.mT, None)
     needs_first, needs_second = any(needs_grad[3:5]), any(needs_grad[5:])
     normed = _arena.tensor(x.shape, x.dtype) if needs_first else None
     hidden = _arena.tensor(preactivation.shape, x.dtype) if needs_second else None
@@ -657,8 +658,8 @@ def backward_film_mlp(
     scratch_bytes = cpu.film_mlp_backward_scratch_bytes(width, tile_rows)
     context = Context(x.dtype, width, tile_rows=tile_rows, scratch_bytes=scratch_bytes)
     norm, out_norm = context.norm(*mlp[:2]), context.norm(*out_norm_weights)
-    second_transposed = context.matrix(mlp.weight2.mT, mlp.bias1)
-    first_transposed = context.matrix(mlp.weight1.mT, mlp.bias2)
+    second_transposed = context.matrix(mlp.weight2.mT, None)
+    first_transposed = context.matrix(mlp.weight1.mT, None)
 
     def rows(width: int, dtype: torch.dtype = x.dtype) -> Tensor:
         return _arena.tensor((B, N, width), dtype)
@@ -686,8 +687,8 @@ def backward_film_mlp(
         backward.from_table(*(t.data_ptr() for t in known))
     else:
         coords, freqs = coords.contiguous(), freqs.float().contiguous()
-        weight1, bias1, weight2, _ = position
-        transposed = [context.matrix(weight.mT, bias1) for weight in (weight2, weight1)]
+        weight1, _, weight2, _ = position
+        transposed = [context.matrix(weight.mT, None) for weight in (weight2, weight1)]
         padded = -(-weight1.shape[1] // 16) * 16
         code, position_hidden, grad_position = rows(padded), rows(D), rows(D)
         grad_code = rows(padded, torch.float32) if needs_coords else None

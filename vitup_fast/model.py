@@ -40,7 +40,7 @@ from .ops import (
     rope_cross_attention,
 )
 from .ops.checks import check_coords, check_features
-from .ops.coordinates import rope_angles, rope_inv_freq, rotate_pairs, token_centres
+from .ops.coordinates import rope_angles, rope_inv_freq, rotate_complex, rotate_pairs, token_centres
 from .ops.dispatch import compiled_operations, resolve
 from .ops.film_mlp import film_gamma_beta
 from .ops.norm_linear import label_dtype
@@ -415,6 +415,7 @@ class ViTUp(nn.Module):
         centres = token_centres(token_grid, wide, self.device)
         angles = rope_angles(centres, self.rope.inv_freq).unsqueeze(1)  # [h * w, 1, d / 2]
         heads = (self.config.num_heads, self.config.head_dim)
+        rotate = rotate_pairs if torch.compiler.is_compiling() else rotate_complex
         keys, values, tokens = [], [], []
         for block, hidden in zip(self.vit_up_blocks, hidden_states, strict=True):
             attention = block.cross_attention
@@ -423,7 +424,7 @@ class ViTUp(nn.Module):
             norm = _parameters(block.norm_h_global)
             both = norm_linear(hidden.flatten(1, 2), *norm, weight, bias, impl=impl)  # [B, h * w, 2 D]
             key, value = both.chunk(2, dim=-1)  # [B, h * w, D] each
-            key = rotate_pairs(key.unflatten(-1, heads), angles)  # [B, h * w, Hh, d]
+            key = rotate(key.unflatten(-1, heads), angles)  # [B, h * w, Hh, d]
             keys.append(key.transpose(1, 2).contiguous())
             values.append(value.unflatten(-1, heads).transpose(1, 2).contiguous())
             norm = block.featx.norm_input

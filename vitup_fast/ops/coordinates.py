@@ -88,6 +88,12 @@ def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
+def rotate_complex(x: Tensor, angles: Tensor) -> Tensor:
+    """Do what :func:`rotate_pairs` does, as one complex product, for which ``torch.compile`` makes no code."""
+    pairs = torch.view_as_complex(x.to(angles.dtype).unflatten(-1, (-1, 2)).contiguous())  # [..., d / 2]
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2).to(x.dtype)
+
+
 def token_centres(token_grid: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Centres of all tokens in token units, row by row.  # [h * w, 2]"""
     h, w = token_grid

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import LAYER_NORM_EPS
 from . import checks
-from .coordinates import position_dtype, rope_angles, rotate_pairs, token_positions
+from .coordinates import position_dtype, rope_angles, rotate_complex, rotate_pairs, token_positions
 from .dispatch import Kernels, Operator, autocast, cpu_kernels, gpu_kernels, resolve, run_reference
 from .norm_linear import norm_linear_backward
 from .primitives import layer_norm, linear, linear_backward
@@ -61,17 +61,11 @@ def _angles(x: Tensor, coords: Tensor, inv_freq: Tensor, token_h: int, token_w: 
     return rope_angles(position, inv_freq).unsqueeze(2)
 
 
-def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Do what :func:`rotate_pairs` does, as one complex product."""
-    pairs = torch.view_as_complex(x.to(angles.dtype).unflatten(-1, (-1, 2)).contiguous())  # [..., d / 2]
-    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2).to(x.dtype)
-
-
 def _rotated_query(x: Tensor, key: Tensor, weights: AttentionWeights, angles: Tensor) -> Tensor:
     """Projected and rotated queries, heads before queries as attention wants them.  # [B, Hh, N, d]"""
     normed = layer_norm(x, weights.norm_weight, weights.norm_bias)
     query = linear(normed, weights.query_weight, weights.query_bias)  # [B, N, D]
-    return _rotate(query.unflatten(-1, (key.shape[1], key.shape[3])), angles).transpose(1, 2)
+    return rotate_complex(query.unflatten(-1, (key.shape[1], key.shape[3])), angles).transpose(1, 2)
 
 
 def _forward(
@@ -171,7 +165,7 @@ def _backward(
         rotated = query.transpose(1, 2).to(angles.dtype), grad_query.to(angles.dtype)
         grad_coords = rotation_backward(*rotated, inv_freq, (token_h, token_w)).to(coords.dtype)
 
-    grad_query = _rotate(grad_query, -angles).flatten(-2).to(x.dtype)  # [B, N, D]
+    grad_query = rotate_complex(grad_query, -angles).flatten(-2).to(x.dtype)  # [B, N, D]
     grad_x, *grads_query = norm_linear_backward(
         grad_query, x, norm_weight, norm_bias, query_weight, [needs_grad[0], *needs_grad[4:8]]
     )
