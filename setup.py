@@ -337,7 +337,17 @@ class Build(build):
 if __name__ == "__main__":
     PLAN = make_plan()
     setup(
-        packages=["vitup_fast", "vitup_fast.ops", "vitup_fast.kernels", "vitup_fast.bench"],
+        packages=[
+            "vitup_fast",
+            "vitup_fast.bench",
+            "vitup_fast.cli",
+            "vitup_fast.kernels",
+            "vitup_fast.kernels.cpu",
+            "vitup_fast.kernels.triton",
+            "vitup_fast.network",
+            "vitup_fast.ops",
+            "vitup_fast.walks",
+        ],
         package_dir={"vitup_fast.kernels": "kernels", "vitup_fast.bench": "bench"},
         include_package_data=False,
         package_data={

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from vitup_fast.bench.harness import exit_code, write_text
-from vitup_fast.kernels.compiled import FASTER
+from vitup_fast.kernels.cuda import FASTER
 
 from vitup_fast.errors import expected
-from vitup_fast.ops.dispatch import COMPILED
+from vitup_fast.ops.implementations import COMPILED
 
 RESULTS = Path(__file__).parent / "results"
 # Less is noise.

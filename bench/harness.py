@@ -32,7 +32,7 @@ from torch import Tensor
 from vitup_fast import InputError, ViTUpConfig, __version__
 from vitup_fast.errors import MissingPackageError, expected, require
 from vitup_fast.ops import implementations
-from vitup_fast.ops.dispatch import interpreted
+from vitup_fast.ops.implementations import interpreted
 from vitup_fast.ops.primitives import linear, pack
 from vitup_fast.testing import (
     OPERATIONS,

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from vitup_fast import ViTUp
-from vitup_fast.config import (
+from vitup_fast.errors import expected
+from vitup_fast.network.config import (
     MLP_EXPANSION,
     POSITION_CODE_BANDS,
     POSITION_CODE_MAX_RESOLUTION,
     ROPE_BASE,
     TRANSITION_EXPANSION,
 )
-from vitup_fast.errors import expected
 
 VARIABLE = "VITUP_REFERENCE"
 WINDOW = 32

@@ -35,7 +35,7 @@ from vitup_fast.bench.harness import (
 
 from vitup_fast import ViTUpConfig
 from vitup_fast.errors import KernelError, expected, require
-from vitup_fast.ops.dispatch import resolve
+from vitup_fast.ops.implementations import resolve
 from vitup_fast.testing import (
     OPERATIONS,
     Arguments,
@@ -121,7 +121,7 @@ def compile_candidate(
     name: str, settings: Settings, sizes: Sizes, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Run a role once with some settings, so that Triton's cache, which processes share, holds what it needs."""
-    from vitup_fast.kernels import common
+    from vitup_fast.kernels.triton import common
 
     role = ROLES[name]
     generator = torch.Generator().manual_seed(0)
@@ -151,7 +151,7 @@ def tune_role(
     Returns:
         Settings, their time and that of the settings in use so far, in seconds.
     """
-    from vitup_fast.kernels import common
+    from vitup_fast.kernels.triton import common
 
     role = ROLES[name]
     arguments = OPERATIONS[role.operation].inputs(
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     Raises:
         InputError: a device on which the kernels cannot run, or settings that cannot be read.
     """
-    from vitup_fast.kernels import common
+    from vitup_fast.kernels.triton import common
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], prog=prog)
     add = parser.add_argument

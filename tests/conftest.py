@@ -8,7 +8,7 @@ import torch
 # Read when Triton is first imported: its interpreter runs the kernels on the CPU.
 os.environ["TRITON_INTERPRET"] = "1"
 
-from vitup_fast.config import ViTUpConfig
+from vitup_fast.network.config import ViTUpConfig
 from vitup_fast.ops import implementations
 from vitup_fast.testing import OPERATIONS, random_coords, random_image, random_network
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vitup_fast import backbone as backbone_module
-from vitup_fast.backbone import Backbone
-from vitup_fast.checkpoint import attach_lora, load_backbone, merge_lora, split_published
-from vitup_fast.config import ViTUpConfig
 from vitup_fast.errors import InputError
+from vitup_fast.network import backbone as backbone_module
+from vitup_fast.network.backbone import Backbone
+from vitup_fast.network.checkpoint import attach_lora, load_backbone, merge_lora, split_published
+from vitup_fast.network.config import ViTUpConfig
 
 timm = pytest.importorskip("timm")
 load_file = pytest.importorskip("safetensors.torch").load_file

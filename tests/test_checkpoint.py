@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from vitup_fast.backbone import Backbone
-from vitup_fast.checkpoint import (
+from vitup_fast.errors import CheckpointError, InputError
+from vitup_fast.network.backbone import Backbone
+from vitup_fast.network.checkpoint import (
     attach_lora,
     dinov3_to_timm,
     load_backbone,
@@ -16,8 +17,7 @@ from vitup_fast.checkpoint import (
     read_tensors,
     split_published,
 )
-from vitup_fast.config import ViTUpConfig
-from vitup_fast.errors import CheckpointError, InputError
+from vitup_fast.network.config import ViTUpConfig
 
 timm = pytest.importorskip("timm")
 safetensors = pytest.importorskip("safetensors.torch")

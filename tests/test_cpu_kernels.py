@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -15,10 +16,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vitup_fast.kernels import cpu as cpu_kernels
+from vitup_fast.kernels.cpu.context import Context, smallest_scratch
+from vitup_fast.kernels.cpu.film_mlp import Film, pack_position
+from vitup_fast.kernels.cpu.residual_mlp import pack_mlp
+from vitup_fast.kernels.cpu.rope_cross_attention import pack_attention, pack_image
 
-from vitup_fast import InputError, ViTUpConfig, cpu, extension
-from vitup_fast.ops import FilmTable, MLPWeights, dispatch, norm_linear, norm_linear_argmax
-from vitup_fast.schedule import SCHEDULERS
+from vitup_fast import InputError, ViTUpConfig, extension
+from vitup_fast.ops import FilmTable, MLPWeights, norm_linear, norm_linear_argmax
 from vitup_fast.testing import (
     OPERATIONS,
     Sizes,
@@ -37,6 +42,9 @@ from vitup_fast.testing import (
     tensors_of,
     with_tensors,
 )
+from vitup_fast.walks.gpu import SCHEDULERS
+
+implementations = importlib.import_module("vitup_fast.ops.implementations")
 
 if extension.obstacle("cpu") is not None:
     pytest.skip(extension.obstacle("cpu"), allow_module_level=True)
@@ -44,7 +52,7 @@ if extension.obstacle("cpu") is not None:
 KERNELS = extension.load().cpu
 BEST, *OTHERS = KERNELS.instruction_sets()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CPU_IMPLS = ["cpu"] if dispatch._cpu_obstacle(int8=True) else ["cpu", "cpu_int8"]
+CPU_IMPLS = ["cpu"] if implementations._cpu_obstacle(int8=True) else ["cpu", "cpu_int8"]
 # 8-bit products run with one instruction set alone.
 PAIRS = [*((name, "cpu") for name in (BEST, *OTHERS)), *((BEST, name) for name in CPU_IMPLS[1:])]
 needs_int8 = pytest.mark.skipif("cpu_int8" not in CPU_IMPLS, reason="no 8-bit products on this CPU")
@@ -183,7 +191,7 @@ def test_gradients_are_as_exact_as_eager(instruction_set, name, case, dtype, thr
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["residual_mlp", "rope_cross_attention", "film_mlp"])
 def test_long_calls_recompute_what_short_ones_keep(monkeypatch, name, dtype, most):
-    monkeypatch.setattr("vitup_fast.ops.dispatch.KEPT_BYTES", most)
+    monkeypatch.setattr("vitup_fast.ops.operator.KEPT_BYTES", most)
     arguments, cotangent, eager, exact = judged_gradients(name, "odd sizes", dtype)
     kept = []
 
@@ -399,7 +407,7 @@ def test_budgets_do_not_change_the_result(count):
     network, coords = make_network(), make_coords()
     cache = prepared(network, make_image())
     least = network._query_bytes("cpu", False, None)
-    budget = cpu.smallest_scratch(CONFIG.dim, len(network.rel_pos_enc.freqs)) + least * count
+    budget = smallest_scratch(CONFIG.dim, len(network.rel_pos_enc.freqs)) + least * count
     assert torch.equal(query(network, cache, coords, max_memory=budget), query(network, cache, coords))
     with pytest.raises(InputError, match=rf"max_memory: expected at least {budget - least * (count - 1)}"):
         query(network, cache, coords, max_memory=budget - least * count)
@@ -520,15 +528,15 @@ def test_a_bad_weight_is_not_hidden_by_8_bits(bad):
 def test_kernels_write_in_place(dtype, impl):
     """The network hands each operation's input as its output."""
     sizes, generator = Sizes(B=2, N=53, D=64, token_grid=(5, 7)), seeded()
-    context = cpu.Context(dtype, 66, int8=impl == "cpu_int8")
+    context = Context(dtype, 66, int8=impl == "cpu_int8")
     mlp_arguments = residual_mlp_inputs(sizes, generator, dtype=dtype)
     attention = rope_cross_attention_inputs(sizes, generator, dtype=dtype)
     film = film_mlp_inputs(sizes, generator, dtype=dtype)
-    mlp, weights = context.mlp(mlp_arguments["weights"]), context.attention(*attention["weights"])
-    key, value = cpu._packed_image(context, attention["key"], attention["value"])
-    film_weights = cpu.Film(
-        context.position(*film["position"]),
-        context.mlp(film["weights"].mlp),
+    mlp, weights = pack_mlp(context, mlp_arguments["weights"]), pack_attention(context, attention["weights"])
+    key, value = pack_image(context, attention["key"], attention["value"])
+    film_weights = Film(
+        pack_position(context, film["position"]),
+        pack_mlp(context, film["weights"].mlp),
         context.norm(*film["weights"][1:]),
     )
     coords, tokens, freqs, inv_freq = film["coords"], film["tokens"], film["freqs"], attention["inv_freq"]
@@ -536,12 +544,14 @@ def test_kernels_write_in_place(dtype, impl):
     row, token = (torch.randint(n, (53,), generator=generator) for n in (3, 35))
     addresses = key.data_ptr(), value.data_ptr()
     runs = (
-        lambda x, out: cpu.residual_mlp(context, x, mlp, out),
-        lambda x, out: cpu.rope_cross_attention(
+        lambda x, out: cpu_kernels.residual_mlp.residual_mlp(context, x, mlp, out),
+        lambda x, out: cpu_kernels.rope_cross_attention.rope_cross_attention(
             context, x, coords, *addresses, weights, inv_freq, 2, (5, 7), out
         ),
-        lambda x, out: cpu.film_mlp_at(context, x, coords, tokens, film_weights, freqs, out),
-        lambda x, out: cpu.film_mlp_from_table(context, x, tokens, table, row, token, film_weights, out),
+        lambda x, out: cpu_kernels.film_mlp.film_mlp_at(context, x, coords, tokens, film_weights, freqs, out),
+        lambda x, out: cpu_kernels.film_mlp.film_mlp_from_table(
+            context, x, tokens, table, row, token, film_weights, out
+        ),
     )
     for run in runs:
         x = torch.randn(2, 53, 64, generator=generator).to(dtype)
@@ -565,10 +575,10 @@ def guarded(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_is_written_beside_the_output(instruction_set, dtype, width):
     arguments = norm_linear_inputs(Sizes(B=2, N=7, D=32, expansion=4), seeded(), dtype=dtype)
-    context = cpu.Context(dtype, 32)
+    context = Context(dtype, 32)
     matrix = context.matrix(arguments["weight"][:width], arguments["bias"][:width])
     out, around = guarded((2, 7, width), dtype)
-    cpu.norm_linear(
+    cpu_kernels.norm_linear.norm_linear(
         context, arguments["x"], context.norm(arguments["norm_weight"], arguments["norm_bias"]), matrix, out
     )
     assert out.isfinite().all()
@@ -642,12 +652,12 @@ def test_more_than_2_to_31_elements(instruction_set):
 
     # Images of an output lie far apart.
     arguments = norm_linear_inputs(Sizes(B=2, N=3, D=D), seeded(), dtype=dtype)
-    context = cpu.Context(dtype, D)
+    context = Context(dtype, D)
     norm = context.norm(arguments["norm_weight"], arguments["norm_bias"])
     matrix = context.matrix(arguments["weight"], arguments["bias"])
     out = grid.flatten()[: 2 * (2**31 // 2 + 8)].view(2, -1)[:, : 3 * 32].unflatten(1, (3, 32))
     assert out.stride(0) > 2**30
-    cpu.norm_linear(context, arguments["x"], norm, matrix, out)
+    cpu_kernels.norm_linear.norm_linear(context, arguments["x"], norm, matrix, out)
     assert torch.equal(out.contiguous(), norm_linear(**arguments, impl="cpu"))
 
 
@@ -685,8 +695,8 @@ def test_python_threads_share_a_network(threads):
 
 def test_other_python_threads_run_meanwhile():
     arguments = residual_mlp_inputs(Sizes(B=1, N=20000, D=256, expansion=4), seeded())
-    context = cpu.Context(torch.float32, 256)
-    mlp, out = context.mlp(arguments["weights"]), torch.empty_like(arguments["x"])
+    context = Context(torch.float32, 256)
+    mlp, out = pack_mlp(context, arguments["weights"]), torch.empty_like(arguments["x"])
     ticks, running = [], True
 
     def tick():
@@ -697,7 +707,7 @@ def test_other_python_threads_run_meanwhile():
     clock = Thread(target=tick)
     clock.start()
     begin = time.monotonic()
-    cpu.residual_mlp(context, arguments["x"], mlp, out)
+    cpu_kernels.residual_mlp.residual_mlp(context, arguments["x"], mlp, out)
     duration = time.monotonic() - begin
     running = False
     clock.join()
@@ -918,14 +928,14 @@ def test_int8_needs_its_instructions(chosen):
 def impls_that_run(monkeypatch):
     """Record which implementation every operation and network resolves to."""
     chosen = []
-    original = dispatch.resolve
-    import vitup_fast.model
+    original = implementations.resolve
+    import vitup_fast.network.model
 
     def resolve(*args, **kwargs):
         chosen.append(original(*args, **kwargs))
         return chosen[-1]
 
-    monkeypatch.setattr(vitup_fast.model, "resolve", resolve)
+    monkeypatch.setattr(vitup_fast.network.model, "resolve", resolve)
     for name in ("bilinear_sample", "residual_mlp", "rope_cross_attention", "film_mlp", "norm_linear"):
         monkeypatch.setattr(sys.modules[f"vitup_fast.ops.{name}"], "resolve", resolve)
     return chosen
@@ -936,11 +946,11 @@ def test_auto_takes_the_kernels_where_they_are_faster(monkeypatch):
     for name, operation in OPERATIONS.items():
         for dtype in DTYPES:
             operation.function(**operation.inputs(Sizes(), seeded(), dtype=dtype))
-            slower = dispatch._onednn_is_faster(dtype)
+            slower = implementations._onednn_is_faster(dtype)
             assert chosen.pop() == ("torch" if slower else "cpu"), name
     network = make_network()
     query(network, prepared(network, make_image(), "auto"), make_coords(), "auto")
-    assert set(chosen) == {"torch" if dispatch._onednn_is_faster(torch.float32) else "cpu"}
+    assert set(chosen) == {"torch" if implementations._onednn_is_faster(torch.float32) else "cpu"}
 
 
 @pytest.mark.parametrize(
@@ -986,8 +996,8 @@ def test_refusal_of_an_odd_hidden_width():
 def test_refusal_of_another_device(impl):
     x = torch.empty(1, 2, 32, device="meta")
     with pytest.raises(InputError, match=f"'{impl}': the features are on meta, not on the CPU"):
-        dispatch.resolve(impl, x, {"the width D": 32})
-    assert dispatch.resolve("auto", x, {"the width D": 32}) == "torch"
+        implementations.resolve(impl, x, {"the width D": 32})
+    assert implementations.resolve("auto", x, {"the width D": 32}) == "torch"
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -19,15 +20,15 @@ if "cuda" not in FAST_IMPLS:
     pytest.skip("the extension is not built, or Triton cannot be used here", allow_module_level=True)
 
 from vitup_fast.bench.choose_compiled import choose, main, reports_in
-from vitup_fast.kernels import common, compiled
-from vitup_fast.kernels.bilinear_sample import backward, sample, sample_moments
-from vitup_fast.kernels.compiled import compiled_kernels, launch_compiled
-from vitup_fast.kernels.film_mlp import FilmSource, modulate
-from vitup_fast.kernels.residual_mlp import fold_mlp, residual_mlp
+from vitup_fast.kernels import cuda as compiled
+from vitup_fast.kernels.cuda import compiled_kernels, launch_compiled
+from vitup_fast.kernels.triton import common
+from vitup_fast.kernels.triton.bilinear_sample import backward, sample, sample_moments
+from vitup_fast.kernels.triton.film_mlp import FilmSource, modulate
+from vitup_fast.kernels.triton.residual_mlp import fold_mlp, residual_mlp
 
 from vitup_fast import extension
 from vitup_fast.errors import InputError, KernelError
-from vitup_fast.ops import dispatch
 from vitup_fast.ops.bilinear_sample import bilinear_sample_reference
 from vitup_fast.ops.coordinates import nearest_token
 from vitup_fast.testing import (
@@ -39,6 +40,8 @@ from vitup_fast.testing import (
     random_image,
     random_network,
 )
+
+implementations = importlib.import_module("vitup_fast.ops.implementations")
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LOW = DTYPES[1:]
@@ -53,7 +56,7 @@ needs_gpu = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def compiled_everywhere():
-    with compiled_kernels(dispatch.COMPILED), poisoned_allocations():
+    with compiled_kernels(implementations.COMPILED), poisoned_allocations():
         yield
 
 
@@ -363,7 +366,7 @@ def test_threads_do_not_disturb_each_other(generator):
     results = [None] * 4
 
     def run(i):
-        with compiled_kernels(dispatch.COMPILED):
+        with compiled_kernels(implementations.COMPILED):
             results[i] = [sample(grid, coords) for _ in range(5)]
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
@@ -472,7 +475,7 @@ def test_residual_mlp_in_one_kernel(generator, monkeypatch, want_moments):
 
 
 def test_where_residual_mlp_runs_in_one_kernel(fake_gpu):
-    def fits(operations=dispatch.COMPILED, hidden=1536, **changes):
+    def fits(operations=implementations.COMPILED, hidden=1536, **changes):
         facts = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (8, 384), "device": None}
         facts |= {"data_ptr": lambda: 256, **changes}
         with compiled_kernels(operations):
@@ -504,8 +507,8 @@ def test_where_residual_mlp_runs_in_one_kernel(fake_gpu):
 )
 def test_where_architectures_run(architecture, runs):
     capabilities = [(8, 6), (9, 0), (10, 0), (10, 3), (12, 1)]
-    assert "".join("ny"[dispatch.runs_on([architecture], c)] for c in capabilities) == runs
-    assert not dispatch.runs_on([], (9, 0))
+    assert "".join("ny"[implementations.runs_on([architecture], c)] for c in capabilities) == runs
+    assert not implementations.runs_on([], (9, 0))
 
 
 class FakeGPUTensor:
@@ -518,8 +521,8 @@ class FakeGPUTensor:
 @pytest.fixture
 def fake_gpu(monkeypatch):
     """A machine with an H100, as far as the choice of an implementation can tell."""
-    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
-    monkeypatch.setattr(dispatch, "_triton_obstacle", lambda: None)
+    monkeypatch.setattr(implementations, "interpreted", lambda: False)
+    monkeypatch.setattr(implementations, "_triton_obstacle", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(extension, "obstacle", lambda part: None)
@@ -533,12 +536,12 @@ WIDTH = {"the width D": 384}
 
 def refusal(impl="cuda", x=None, widths=WIDTH):
     with pytest.raises(InputError, match=r"impl: expected .* got 'cuda': ") as caught:
-        dispatch.resolve(impl, FakeGPUTensor() if x is None else x, widths)
+        implementations.resolve(impl, FakeGPUTensor() if x is None else x, widths)
     return str(caught.value)
 
 
 def test_obstacles_are_named(fake_gpu, monkeypatch):
-    assert dispatch.resolve("cuda", FakeGPUTensor(), WIDTH) == "cuda"
+    assert implementations.resolve("cuda", FakeGPUTensor(), WIDTH) == "cuda"
     fake_gpu.architectures = lambda: ["100a", "120"]
     assert re.search(r"built for 100a, 120, and NVIDIA H100 80GB HBM3 has compute capability 9.0", refusal())
     fake_gpu.architectures = lambda: ["80"]
@@ -551,10 +554,10 @@ def test_obstacles_are_named(fake_gpu, monkeypatch):
         extension, "obstacle", lambda part: f"the {part} kernels are not built: nvcc is missing"
     )
     assert "the cuda kernels are not built: nvcc is missing" in refusal()
-    found = {i.name: i for i in dispatch.implementations()}
+    found = {i.name: i for i in implementations.implementations()}
     assert not found["cuda"].available
     assert "nvcc is missing" in found["cuda"].reason
-    monkeypatch.setattr(dispatch, "_triton_obstacle", lambda: "no NVIDIA GPU is available")
+    monkeypatch.setattr(implementations, "_triton_obstacle", lambda: "no NVIDIA GPU is available")
     assert "no NVIDIA GPU is available" in refusal()
 
 
@@ -575,7 +578,7 @@ def test_auto_follows_results(fake_gpu, monkeypatch, tmp_path):
         monkeypatch.setattr(compiled, "FASTER", output)
         compiled._faster.cache_clear()
         try:
-            return dispatch.resolve("auto", FakeGPUTensor(), WIDTH, operation=operation)
+            return implementations.resolve("auto", FakeGPUTensor(), WIDTH, operation=operation)
         finally:
             compiled._faster.cache_clear()
 

@@ -15,8 +15,8 @@ from conftest import FAST_IMPLS
 if "triton" not in FAST_IMPLS:
     pytest.skip("Triton, whose module folds the weights, cannot be used here", allow_module_level=True)
 
-from vitup_fast.kernels import compiled
-from vitup_fast.kernels.residual_mlp import fold_mlp
+from vitup_fast.kernels import cuda as compiled
+from vitup_fast.kernels.triton.residual_mlp import fold_mlp
 
 from vitup_fast import extension
 from vitup_fast.ops import residual_mlp

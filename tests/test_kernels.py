@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -16,11 +17,11 @@ if "triton" not in FAST_IMPLS:
     pytest.skip("Triton cannot be used here", allow_module_level=True)
 
 from triton.runtime.errors import OutOfResources
-from vitup_fast.kernels import common, linear
-from vitup_fast.kernels.bilinear_sample import sample
+from vitup_fast.kernels.triton import common, linear
+from vitup_fast.kernels.triton.bilinear_sample import sample
 
 from vitup_fast.errors import InputError, KernelError
-from vitup_fast.ops import dispatch, norm_linear_argmax
+from vitup_fast.ops import norm_linear_argmax
 from vitup_fast.testing import (
     OPERATIONS,
     Sizes,
@@ -31,6 +32,8 @@ from vitup_fast.testing import (
     relative_error,
     with_tensors,
 )
+
+implementations = importlib.import_module("vitup_fast.ops.implementations")
 
 TILES = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 # Blocks so small that every loop runs several times and every edge is ragged.
@@ -182,23 +185,25 @@ def test_why_kernels_cannot_run(generator, monkeypatch, patches, reason):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     for name, value in patches.items():
-        monkeypatch.setattr(dispatch, name, value)
+        monkeypatch.setattr(implementations, name, value)
     arguments = OPERATIONS["residual_mlp"].inputs(Sizes(D=64), generator)
     with pytest.raises(InputError, match=rf"impl: expected .* got 'triton': .*{reason}"):
         OPERATIONS["residual_mlp"].function(**arguments, impl="triton")
-    assert not dispatch.implementations()[0].available
-    assert reason in dispatch.implementations()[0].reason
+    assert not implementations.implementations()[0].available
+    assert reason in implementations.implementations()[0].reason
     OPERATIONS["residual_mlp"].function(**arguments, impl="auto")
 
 
 @pytest.mark.parametrize(("found", "obstacle"), [("3.5.1", "older than 3.6"), ("3.6.0", None), ("4.0", None)])
 def test_triton_versions(monkeypatch, found, obstacle):
-    monkeypatch.setattr(dispatch, "version", lambda name: found)
-    dispatch._triton_package_obstacle.cache_clear()
+    monkeypatch.setattr(implementations, "version", lambda name: found)
+    implementations._triton_package_obstacle.cache_clear()
     try:
-        assert (dispatch._triton_package_obstacle() or "").count(obstacle or "\0") == (obstacle is not None)
+        assert (implementations._triton_package_obstacle() or "").count(obstacle or "\0") == (
+            obstacle is not None
+        )
     finally:
-        dispatch._triton_package_obstacle.cache_clear()
+        implementations._triton_package_obstacle.cache_clear()
 
 
 @pytest.mark.parametrize(

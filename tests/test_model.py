@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-import vitup_fast.model
+import vitup_fast.network.model
 from vitup_fast import ImageCache, InputError, ViTUp, ViTUpConfig
 from vitup_fast.testing import (
     assert_within_budget,
@@ -268,9 +268,11 @@ def test_dense_in_float32_is_as_exact_as_eager(float32_case, size, chunk):
 
 def test_dense_runs_the_position_mlp_once_per_relative_position(network, image, monkeypatch):
     rows = []
-    original = vitup_fast.model.film_gamma_beta
+    original = vitup_fast.network.model.film_gamma_beta
     monkeypatch.setattr(
-        vitup_fast.model, "film_gamma_beta", lambda r, *rest: rows.append(len(r)) or original(r, *rest)
+        vitup_fast.network.model,
+        "film_gamma_beta",
+        lambda r, *rest: rows.append(len(r)) or original(r, *rest),
     )
     low = copy.deepcopy(network).float()
     with torch.no_grad():
@@ -293,8 +295,10 @@ def test_only_the_decoders_asked_for_run(network, image, coords):
 
 def test_number_of_decodings(network, cache, coords, monkeypatch):
     calls = []
-    original = vitup_fast.model.norm_linear
-    monkeypatch.setattr(vitup_fast.model, "norm_linear", lambda *a, **k: calls.append(a) or original(*a, **k))
+    original = vitup_fast.network.model.norm_linear
+    monkeypatch.setattr(
+        vitup_fast.network.model, "norm_linear", lambda *a, **k: calls.append(a) or original(*a, **k)
+    )
     query(network, cache, coords, query_chunk_size=1000)
     assert len(calls) == 1
     query(network, cache, coords, query_chunk_size=1000, return_all_layers=True)
@@ -550,7 +554,7 @@ def test_memory_stays_within_the_budget(dtype, megabytes, blocks, impl):
     with torch.no_grad():
         cache = network.prepare(*random_image(config, generator, patch_grid=(56, 56)))
         network(cache, random_coords(generator, 1, 1), impl=impl)  # packs the weights
-    largest = vitup_fast.model.CHUNK_QUERIES["cpu"] * 3 // 2
+    largest = vitup_fast.network.model.CHUNK_QUERIES["cpu"] * 3 // 2
     scattered = random_coords(
         generator, 1, min(largest, 2 * budget // network._query_bytes(impl, False, None))
     )

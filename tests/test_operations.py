@@ -10,7 +10,7 @@ from torch.library import opcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitup_fast.errors import InputError
-from vitup_fast.ops.dispatch import Operator
+from vitup_fast.ops.operator import Operator
 from vitup_fast.testing import (
     OPERATIONS,
     Sizes,

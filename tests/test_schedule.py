@@ -11,12 +11,13 @@ from conftest import FAST_IMPLS
 if "triton" not in FAST_IMPLS:
     pytest.skip("Triton cannot be used here", allow_module_level=True)
 
-from vitup_fast.kernels import common
+from vitup_fast.kernels.triton import common
 
-import vitup_fast.model
-from vitup_fast import InputError, ViTUpConfig, schedule
-from vitup_fast.schedule import SCHEDULERS, Workspace
+import vitup_fast.network.model
+from vitup_fast import InputError, ViTUpConfig
 from vitup_fast.testing import assert_within_budget, random_coords, random_image, random_network
+from vitup_fast.walks import gpu
+from vitup_fast.walks.gpu import SCHEDULERS, Workspace
 
 CONFIG = ViTUpConfig(dim=64, num_heads=2, layer_indices=(0, 1, 2))
 TOKENS, PATCHES, COUNT = (3, 4), (6, 7), 23
@@ -59,9 +60,9 @@ def recorded(monkeypatch):
 
         return replay
 
-    monkeypatch.setattr(schedule, "record", record)
+    monkeypatch.setattr(gpu, "record", record)
     monkeypatch.setattr(
-        vitup_fast.model, "wants_graph", lambda device, depths, last: set(depths) <= {0, last}
+        vitup_fast.network.model, "wants_graph", lambda device, depths, last: set(depths) <= {0, last}
     )
     yield counts
     SCHEDULERS.clear()
@@ -205,7 +206,7 @@ def test_threads_have_graphs_of_their_own(network, cache, coords, recorded):
 
 def test_graphs_share_a_budget(network, cache, coords, recorded, monkeypatch):
     one = Workspace(2 * COUNT, 64, torch.float64, coords.device).nbytes
-    monkeypatch.setattr(schedule, "SESSION_BYTES", 2 * one)
+    monkeypatch.setattr(gpu, "SESSION_BYTES", 2 * one)
     with torch.no_grad():
         for count in (COUNT, COUNT - 1, COUNT - 2, COUNT - 3):
             network(cache, coords[:, :count], impl="triton")
@@ -228,7 +229,7 @@ def test_a_memory_budget_keeps_nothing(network, cache, coords, recorded):
 def test_chunks_allocate_nothing(network, cache, coords, monkeypatch, tiles):
     """Also where LayerNorm of complete rows takes a pass of its own."""
     settings = common.settings_for("linear_rows", coords, 64) | {"BLOCK_N": 32 * tiles, "TILES": 1}
-    walk_blocks, inside, allocated = schedule.walk_blocks, [], []
+    walk_blocks, inside, allocated = gpu.walk_blocks, [], []
     empty = torch.empty
 
     def watched(*args, **kwargs):
@@ -243,7 +244,7 @@ def test_chunks_allocate_nothing(network, cache, coords, monkeypatch, tiles):
         finally:
             inside.pop()
 
-    monkeypatch.setattr(schedule, "walk_blocks", walk)
+    monkeypatch.setattr(gpu, "walk_blocks", walk)
     monkeypatch.setattr(torch, "empty", watched)
     with torch.no_grad(), common.overridden_settings({"linear_rows": settings}):
         actual = network(cache, coords, impl="triton")
@@ -300,7 +301,7 @@ def test_labels_need_a_head(network, cache, coords):
 
 def test_memory_of_a_pass_stays_within_the_goal():
     """128 MB beyond output, weights and cache, also for the larger model with graphs: counted, not allocated."""
-    config, rows = ViTUpConfig.preset("dinov3_base"), vitup_fast.model.CHUNK_QUERIES["cuda"]
+    config, rows = ViTUpConfig.preset("dinov3_base"), vitup_fast.network.model.CHUNK_QUERIES["cuda"]
     workspace = Workspace(rows, config.dim, torch.bfloat16, torch.device("meta"))
     blocks, tokens = config.num_layers - 1, 28 * 28
     copies = blocks * (3 * tokens * config.dim * 2 + 256 * 2 * config.dim * 4) + rows * (8 + 16)

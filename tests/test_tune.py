@@ -10,7 +10,7 @@ if "triton" not in FAST_IMPLS:
     pytest.skip("Triton cannot be used here", allow_module_level=True)
 
 from vitup_fast.bench import tune
-from vitup_fast.kernels import common, linear
+from vitup_fast.kernels.triton import common, linear
 
 from vitup_fast.errors import KernelError
 from vitup_fast.testing import Sizes

@@ -1,9 +1,14 @@
 """vitup_fast: features of a vision transformer at any continuous image coordinate, fast (ViT-Up)."""
 
-from .config import ViTUpConfig
+import sys as _sys
+
+from . import kernels as kernels  # offers its kernels to the operations
+from .accelerate import accelerate
 from .errors import CheckpointError, InputError, MissingPackageError
-from .model import ImageCache, ViTUp
-from .upsampler import Upsampler, WeightsUnavailableError, accelerate, load
+from .network import backbone, checkpoint, config, model
+from .network.config import ViTUpConfig
+from .network.model import ImageCache, ViTUp
+from .upsampler import Upsampler, WeightsUnavailableError, load
 
 __version__ = "0.1.0"
 
@@ -19,3 +24,8 @@ __all__ = [
     "accelerate",
     "load",
 ]
+
+# Names under which these modules are imported as well.
+_sys.modules.update(
+    {f"{__name__}.{m.__name__.rpartition('.')[2]}": m for m in (backbone, checkpoint, config, model)}
+)

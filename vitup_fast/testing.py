@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .config import POSITION_CODE_BANDS, ROPE_BASE, ViTUpConfig
-from .model import ViTUp
+from .network.config import POSITION_CODE_BANDS, ROPE_BASE, ViTUpConfig
+from .network.model import ViTUp
 from .ops import (
     AttentionWeights,
     FilmTable,

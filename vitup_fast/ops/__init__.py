@@ -1,8 +1,8 @@
 """The five operations of ViT-Up, each with its definition, its PyTorch operator and its argument checks."""
 
 from .bilinear_sample import bilinear_sample
-from .dispatch import implementations
 from .film_mlp import FilmTable, FilmWeights, PositionWeights, film_mlp
+from .implementations import implementations
 from .norm_linear import norm_linear, norm_linear_argmax
 from .primitives import MLPWeights
 from .residual_mlp import residual_mlp

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import checks
 from .coordinates import position_dtype
-from .dispatch import Kernels, Operator, autocast, cpu_kernels, gpu_kernels, resolve, run_reference
+from .implementations import resolve
+from .operator import Kernels, Operator, autocast, run_reference
 
 
 def bilinear_sample_reference(grid: Tensor, coords: Tensor) -> Tensor:
@@ -111,11 +112,7 @@ _operator = Operator(
     "Tensor grid, Tensor coords",
     differentiable=2,
     output_shape=lambda grid, coords: (*coords.shape[:2], grid.shape[-1]),
-    kernels={
-        "torch": Kernels(_forward, torch_backward),
-        **gpu_kernels("bilinear_sample"),
-        **cpu_kernels("bilinear_sample"),
-    },
+    torch_kernels=Kernels(_forward, torch_backward),
 )
 
 

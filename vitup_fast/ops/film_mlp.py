@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import LAYER_NORM_EPS
 from . import checks
 from .coordinates import nearest_token, position_code, position_dtype
-from .dispatch import Kernels, Operator, autocast, cpu_kernels, gpu_kernels, resolve, run_reference
+from .implementations import resolve
+from .operator import Kernels, Operator, autocast, run_reference
 from .primitives import (
+    LAYER_NORM_EPS,
     MLPWeights,
     layer_norm,
     layer_norm_backward,
@@ -231,13 +232,6 @@ def position_code_backward(
     return torch.stack((grad_relative[..., 0] * w, grad_relative[..., 1] * h), dim=-1)
 
 
-def kept_bytes(x: Tensor, coords: Tensor | None, tokens: Tensor, *others: Tensor | None) -> int:
-    """Size of the hidden layer and the MLP's output; without a table also of position layer, gamma, modulated token."""
-    hidden, D = others[6].shape
-    modulation = 3 * D if others[12] is None else 0
-    return x.shape[0] * x.shape[1] * (hidden + D + modulation) * x.element_size()
-
-
 _operator = Operator(
     "film_mlp",
     "Tensor x, Tensor? coords, Tensor tokens, "
@@ -246,11 +240,7 @@ _operator = Operator(
     "Tensor out_norm_weight, Tensor out_norm_bias, Tensor? table, Tensor? freqs, Tensor? row, Tensor? token",
     differentiable=16,
     output_shape=lambda x, *_: x.shape,
-    kernels={
-        "torch": Kernels(_forward, _backward),
-        **gpu_kernels("film_mlp"),
-        **cpu_kernels("film_mlp", kept_bytes),
-    },
+    torch_kernels=Kernels(_forward, _backward),
 )
 
 

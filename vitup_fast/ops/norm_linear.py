@@ -6,19 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import LAYER_NORM_EPS
 from . import checks
-from .dispatch import (
-    NAMESPACE,
-    Kernels,
-    Operator,
-    autocast,
-    cpu_kernels,
-    gpu_kernels,
-    resolve,
-    run_reference,
-)
-from .primitives import layer_norm, layer_norm_backward, linear, linear_backward
+from .implementations import resolve
+from .operator import NAMESPACE, Kernels, Operator, autocast, run_reference
+from .primitives import LAYER_NORM_EPS, layer_norm, layer_norm_backward, linear, linear_backward
 
 
 def norm_linear_reference(
@@ -68,11 +59,7 @@ _operator = Operator(
     "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias",
     differentiable=5,
     output_shape=lambda x, norm_weight, norm_bias, weight, bias: (*x.shape[:-1], weight.shape[0]),
-    kernels={
-        "torch": Kernels(_forward, torch_backward),
-        **gpu_kernels("norm_linear"),
-        **cpu_kernels("norm_linear"),
-    },
+    torch_kernels=Kernels(_forward, torch_backward),
 )
 
 
@@ -86,12 +73,10 @@ def _argmax(
 ) -> Tensor:
     dtype = label_dtype(weight.shape[0])
     with torch.autocast(x.device.type, enabled=False):
-        if impl in ("triton", "cuda"):
-            from ..kernels.norm_linear import argmax
-
-            return argmax(x, norm_weight, norm_bias, weight, bias, dtype)
-        scores = _operator.kernels[impl].forward(x, norm_weight, norm_bias, weight, bias)
-        return scores.argmax(-1).to(dtype)
+        kernels = _operator.kernels(impl)
+        if kernels.argmax is not None:
+            return kernels.argmax(x, norm_weight, norm_bias, weight, bias, dtype)
+        return kernels.forward(x, norm_weight, norm_bias, weight, bias).argmax(-1).to(dtype)
 
 
 torch.library.define(

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import LAYER_NORM_EPS
-
+LAYER_NORM_EPS = 1e-5
 # oneDNN sums float32 products one after the other, BLAS in blocks: over longer rows than this oneDNN's rounding
 # error would exceed one and a half times that of plain PyTorch.
 ONEDNN_FLOAT32_WIDTH = 512

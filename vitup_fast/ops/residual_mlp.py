@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import LAYER_NORM_EPS
 from . import checks
-from .dispatch import Kernels, Operator, autocast, cpu_kernels, gpu_kernels, resolve, run_reference
-from .primitives import MLPWeights, mlp, mlp_backward
+from .implementations import resolve
+from .operator import Kernels, Operator, autocast, run_reference
+from .primitives import LAYER_NORM_EPS, MLPWeights, mlp, mlp_backward
 
 
 def residual_mlp_reference(x: Tensor, weights: MLPWeights) -> Tensor:
@@ -30,21 +30,12 @@ def _backward(grad: Tensor, x: Tensor, *weights_and_needs: Tensor | list[bool]) 
     return [g.contiguous() for g in grads if g is not None]
 
 
-def _kept_bytes(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight1: Tensor, *_: Tensor) -> int:
-    """Size of the hidden layer before its GELU."""
-    return x.shape[0] * x.shape[1] * weight1.shape[0] * x.element_size()
-
-
 _operator = Operator(
     "residual_mlp",
     "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2",
     differentiable=7,
     output_shape=lambda x, *_: x.shape,
-    kernels={
-        "torch": Kernels(_forward, _backward),
-        **gpu_kernels("residual_mlp"),
-        **cpu_kernels("residual_mlp", _kept_bytes),
-    },
+    torch_kernels=Kernels(_forward, _backward),
 )
 
 

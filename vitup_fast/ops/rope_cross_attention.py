@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import LAYER_NORM_EPS
 from . import checks
 from .coordinates import position_dtype, rope_angles, rotate_complex, rotate_pairs, token_positions
-from .dispatch import Kernels, Operator, autocast, cpu_kernels, gpu_kernels, resolve, run_reference
+from .implementations import resolve
 from .norm_linear import norm_linear_backward
-from .primitives import layer_norm, linear, linear_backward
+from .operator import Kernels, Operator, autocast, run_reference
+from .primitives import LAYER_NORM_EPS, layer_norm, linear, linear_backward
 
 # Attention probabilities held at once by the backward pass, in elements.
 BACKWARD_SCORES = 1 << 24
@@ -180,12 +180,6 @@ def _backward(
     ]
 
 
-def _kept_bytes(x: Tensor, coords: Tensor, key: Tensor, *_: object) -> int:
-    """Size of rotated queries, attended values, and a float32 sum of exponentials for each head."""
-    B, N, D = x.shape
-    return B * N * (2 * D * x.element_size() + 4 * key.shape[1])
-
-
 _operator = Operator(
     "rope_cross_attention",
     "Tensor x, Tensor coords, Tensor key, Tensor value, Tensor norm_weight, Tensor norm_bias, "
@@ -193,11 +187,7 @@ _operator = Operator(
     "SymInt token_h, SymInt token_w",
     differentiable=10,
     output_shape=lambda x, *_: x.shape,
-    kernels={
-        "torch": Kernels(_forward, _backward),
-        **gpu_kernels("rope_cross_attention"),
-        **cpu_kernels("rope_cross_attention", _kept_bytes),
-    },
+    torch_kernels=Kernels(_forward, _backward),
 )
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import InputError, expected, require
 from .config import ViTUpConfig
-from .errors import InputError, expected, require
 
 LORA_PREFIX = "backbone.base_model.model."
 PUBLISHED_LORA_SCALING = 2.0

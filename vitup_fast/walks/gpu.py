@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ops import FilmTable
-from .ops.coordinates import position_dtype
+from ..ops import FilmTable
+from ..ops.coordinates import position_dtype
 
 if TYPE_CHECKING:
-    from .kernels.film_mlp import FoldedPosition
-    from .kernels.linear import Folded
-    from .kernels.residual_mlp import FoldedMLP
-    from .model import BlockWeights, DecoderWeights, ImageCache
+    from ..kernels.triton.film_mlp import FoldedPosition
+    from ..kernels.triton.linear import Folded
+    from ..kernels.triton.residual_mlp import FoldedMLP
+    from ..network.model import BlockWeights, DecoderWeights, ImageCache
 
 # Memory of the graphs that a network keeps per thread, device and stream.
 SESSION_BYTES = 128 << 20
@@ -44,10 +44,10 @@ class FoldedBlock(NamedTuple):
 
 def fold_block(block: BlockWeights, head_dim: int) -> FoldedBlock:
     """Fold the parameters of one block."""
-    from .kernels.film_mlp import fold_position
-    from .kernels.linear import fold
-    from .kernels.residual_mlp import fold_mlp
-    from .kernels.rope_cross_attention import fold_query
+    from ..kernels.triton.film_mlp import fold_position
+    from ..kernels.triton.linear import fold
+    from ..kernels.triton.residual_mlp import fold_mlp
+    from ..kernels.triton.rope_cross_attention import fold_query
 
     attention = block.attention
     return FoldedBlock(
@@ -63,7 +63,7 @@ def fold_block(block: BlockWeights, head_dim: int) -> FoldedBlock:
 
 def fold_decoder(decoder: DecoderWeights) -> Folded:
     """Fold the parameters of one decoder."""
-    from .kernels.linear import fold
+    from ..kernels.triton.linear import fold
 
     return fold(decoder.weight, decoder.bias, decoder.norm_weight, decoder.norm_bias)
 
@@ -152,10 +152,10 @@ def walk_blocks(
     Returns:
         Moments of the last state.
     """
-    from .kernels.film_mlp import FilmBuffers, FilmSource, film_mlp, position_gamma_beta
-    from .kernels.linear import linear
-    from .kernels.residual_mlp import residual_mlp
-    from .kernels.rope_cross_attention import attend
+    from ..kernels.triton.film_mlp import FilmBuffers, FilmSource, film_mlp, position_gamma_beta
+    from ..kernels.triton.linear import linear
+    from ..kernels.triton.residual_mlp import residual_mlp
+    from ..kernels.triton.rope_cross_attention import attend
 
     b, n, _ = coords.shape
     rows, dim = b * n, workspace.dim
@@ -371,8 +371,8 @@ class Scheduler:
             memory: a workspace for launches one by one, or the session of this chunk's size.
             source: what cache and tables are views of, by which a session knows them again.
         """
-        from .kernels.bilinear_sample import sample
-        from .kernels.linear import linear, linear_argmax
+        from ..kernels.triton.bilinear_sample import sample
+        from ..kernels.triton.linear import linear, linear_argmax
 
         b, n, _ = coords.shape
         rows, coords = b * n, coords.to(position_dtype(coords, cache.patch_grid)).contiguous()

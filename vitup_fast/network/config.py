@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import expected
+from ..errors import expected
 
-LAYER_NORM_EPS = 1e-5
 ROPE_BASE = 100.0
 POSITION_CODE_BANDS = 16
 POSITION_CODE_MAX_RESOLUTION = 10.0

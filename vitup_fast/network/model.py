@@ -15,18 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import (
-    LAYER_NORM_EPS,
-    MLP_EXPANSION,
-    POSITION_CODE_BANDS,
-    POSITION_CODE_MAX_RESOLUTION,
-    ROPE_BASE,
-    TRANSITION_EXPANSION,
-    ViTUpConfig,
-)
-from .errors import expected
-from .heads import Head, fold_head, head_parameters
-from .ops import (
+from ..errors import expected
+from ..heads import Head, fold_head, head_parameters
+from ..ops import (
     AttentionWeights,
     FilmTable,
     FilmWeights,
@@ -39,13 +30,13 @@ from .ops import (
     residual_mlp,
     rope_cross_attention,
 )
-from .ops.checks import check_coords, check_features
-from .ops.coordinates import rope_angles, rope_inv_freq, rotate_complex, rotate_pairs, token_centres
-from .ops.dispatch import compiled_operations, resolve
-from .ops.film_mlp import film_gamma_beta
-from .ops.norm_linear import label_dtype
-from .ops.primitives import pack
-from .schedule import (
+from ..ops.checks import check_coords, check_features
+from ..ops.coordinates import rope_angles, rope_inv_freq, rotate_complex, rotate_pairs, token_centres
+from ..ops.film_mlp import film_gamma_beta
+from ..ops.implementations import compiled_operations, resolve
+from ..ops.norm_linear import label_dtype
+from ..ops.primitives import LAYER_NORM_EPS, pack
+from ..walks.gpu import (
     SCHEDULERS,
     Constants,
     Scheduler,
@@ -56,12 +47,20 @@ from .schedule import (
     on_device,
     wants_graph,
 )
+from .config import (
+    MLP_EXPANSION,
+    POSITION_CODE_BANDS,
+    POSITION_CODE_MAX_RESOLUTION,
+    ROPE_BASE,
+    TRANSITION_EXPANSION,
+    ViTUpConfig,
+)
 
 if TYPE_CHECKING:
-    from .cpu import CpuScheduler
+    from ..walks.cpu import CpuScheduler
 
 if TYPE_CHECKING:
-    from .cpu import CpuScheduler
+    from ..walks.cpu import CpuScheduler
 
 # Queries whose activations stay in the last-level cache while a block's weights pass by.
 CHUNK_QUERIES = {"cpu": 1568, "cuda": 8448}
@@ -695,7 +694,7 @@ class ViTUp(nn.Module):
                 modes.enter_context(mode)
             compiled = compiled_operations(options.impl, cache.patch_grid)
             if compiled:
-                from .kernels.compiled import compiled_kernels
+                from ..kernels.cuda import compiled_kernels
 
                 modes.enter_context(compiled_kernels(compiled))
             scheduler = self._scheduler(implementation, compiled, dtype)
@@ -761,7 +760,7 @@ class ViTUp(nn.Module):
                 constants = Constants(blocks, inv_freq, freqs)
                 scheduler = Scheduler(constants, decoders, state, samples, self.config.dim, dtype)
             else:
-                from .cpu import CpuScheduler, ImageWeights
+                from ..walks.cpu import CpuScheduler, ImageWeights
 
                 int8 = implementation == "cpu_int8"
                 images = [
@@ -860,7 +859,7 @@ class ViTUp(nn.Module):
             return chunk, None
         scratch = 0
         if implementation in CPU_KERNELS:
-            from .cpu import smallest_scratch
+            from ..kernels.cpu.context import smallest_scratch
 
             scratch = smallest_scratch(self.config.dim, len(self.rel_pos_enc.freqs))
         least = per_query + scratch

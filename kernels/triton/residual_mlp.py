@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import compiled
+from .. import cuda
 from .common import layer_norm_backward, measure_moments, normalize, wide
 from .linear import Folded, column_sum, fold, fold_backward, in_buffer, linear, mlp_backward
 
@@ -35,11 +35,11 @@ def residual_mlp(
     want_moments: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """``x + W2 gelu(W1 LN(x) + b1) + b2`` and the moments of its rows; buffers as for :func:`linear`."""
-    if compiled.fits_residual_mlp(x, layers.first.weight.shape[0]):
+    if cuda.fits_residual_mlp(x, layers.first.weight.shape[0]):
         result, new_moments = in_buffer(out, x.shape, x.dtype, x), None
         if want_moments:
             new_moments = in_buffer(out_moments, (len(x), 1, 2), wide(x.dtype), x)
-        compiled.residual_mlp(x, (*layers.first[:2], *layers.second[:2]), result, new_moments)
+        cuda.residual_mlp(x, (*layers.first[:2], *layers.second[:2]), result, new_moments)
         return result, new_moments
     hidden, _ = linear(x, layers.first, moments, gelu=True, out=hidden)  # [M, E]
     return linear(

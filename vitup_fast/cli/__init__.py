@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import __version__, extension
-from .errors import InputError, MissingPackageError, expected, require
-from .images import feature_picture, normalise, read_image, write_atomically
-from .model import check_size
-from .ops import implementations
-from .upsampler import ALIASES, PRESET_OF, Upsampler, WeightsUnavailableError, load
+from .. import __version__, extension
+from ..errors import InputError, MissingPackageError, expected, require
+from ..images import feature_picture, normalise, read_image, write_atomically
+from ..network.model import check_size
+from ..ops import implementations
+from ..upsampler import ALIASES, PRESET_OF, Upsampler, WeightsUnavailableError, load
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -225,7 +225,3 @@ def _info(_: argparse.Namespace) -> int:
     for name, available, reason in implementations():
         print(f"  {name:16} {'yes' if available else 'no':4} {reason}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

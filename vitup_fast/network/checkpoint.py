@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError, expected, require
 from .backbone import (
     PUBLISHED_LORA_SCALING,
     Backbone,
@@ -23,7 +24,6 @@ from .backbone import (
     merged_weight,
 )
 from .config import PRESETS
-from .errors import CheckpointError, expected, require
 
 _LISTED_NAMES = 8
 _TRAINING_PREFIXES = {"model", "module", "vit_up", "vit_up_pl", "vit_up_pl_v2"}

@@ -1,21 +1,20 @@
-"""Which implementation of an operation runs, and how an operation becomes a PyTorch operator."""
+"""Which implementation of an operation runs on this machine for these tensors, and why."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import extension
 from ..errors import MissingPackageError, expected
+from .operator import backend
 
-NAMESPACE = "vitup_fast"
 Result = TypeVar("Result")
 
 
@@ -186,9 +185,7 @@ def _cuda_obstacle_for(x: Tensor, widths: Mapping[str, int], head_dim: int | Non
 @_constant_to_compiler
 def _faster_widths(operation: str, device_index: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Widths at which measurements show an operation to be faster with compiled kernels on a GPU."""
-    from ..kernels.compiled import faster_widths
-
-    return faster_widths(operation, torch.cuda.get_device_name(device_index), dtype)
+    return backend("cuda").faster_widths(operation, torch.cuda.get_device_name(device_index), dtype)
 
 
 def compiled_operations(impl: str, x: Tensor) -> tuple[str, ...]:
@@ -287,183 +284,3 @@ def resolve(
     raise expected(
         "impl", "an implementation that can run here", f"{name!r}: {obstacle}", "'auto' picks one."
     )
-
-
-class Kernels(NamedTuple):
-    """Forward and backward of one operation in one implementation.
-
-    ``forward(*arguments) -> Tensor`` and ``backward(grad, *arguments, needs_grad) -> list[Tensor]``, which
-    returns contiguous gradients of those differentiable arguments whose flag is set, in their order.
-
-    Where recomputing costs more than memory, ``kept_bytes(*arguments)`` says how much of its work the forward pass can
-    leave to the backward pass: both then take ``kept=``, bytes of that size, or None where nothing is kept.
-    """
-
-    forward: Callable[..., Tensor]
-    backward: Callable[..., list[Tensor]]
-    kept_bytes: Callable[..., int] | None = None
-
-
-# Most that a call keeps for its backward pass; a longer one recomputes.
-KEPT_BYTES = 64 << 20
-
-
-def gpu_kernels(name: str) -> dict[str, Kernels]:
-    """Kernels of :mod:`vitup_fast.kernels` as ``"triton"`` and, compiled where there are such, as ``"cuda"``.
-
-    The module is imported when they first run.
-    """
-
-    def kernels(*compiled: str) -> Kernels:
-        def runner(direction: str) -> Callable[..., Any]:
-            def run(*arguments: object) -> Any:
-                module = importlib.import_module(f"vitup_fast.kernels.{name}")
-                if not compiled:
-                    return getattr(module, direction)(*arguments)
-                with importlib.import_module("vitup_fast.kernels.compiled").compiled_kernels(compiled):
-                    return getattr(module, direction)(*arguments)
-
-            return run
-
-        return Kernels(runner("forward"), runner("backward"))
-
-    return {"triton": kernels(), "cuda": kernels(*COMPILED)}
-
-
-def cpu_kernels(name: str, kept_bytes: Callable[..., int] | None = None) -> dict[str, Kernels]:
-    """The compiled CPU kernels of an operation, imported when they first run."""
-
-    def run(function: str, *arguments: object, **kept: Tensor | None) -> Any:
-        module = importlib.import_module("vitup_fast.cpu")
-        module.begin_call()
-        return getattr(module, f"{function}_{name}")(*arguments, **kept)
-
-    def no_backward(*_: object) -> list[Tensor]:
-        raise expected("impl", "an implementation with gradients", "'cpu_int8'", "Use 'cpu' or 'auto'.")
-
-    return {
-        "cpu": Kernels(partial(run, "forward", False), partial(run, "backward"), kept_bytes),
-        "cpu_int8": Kernels(partial(run, "forward", True), no_backward),
-    }
-
-
-class Operator:
-    """A PyTorch operator ``vitup_fast::name`` with fake, autograd and one kernel pair per implementation.
-
-    The backward pass recomputes what it needs from the operator's inputs, but for what its kernels keep.
-
-    Args:
-        name: the operator's name.
-        arguments: its schema without parentheses, differentiable tensors first.
-        differentiable: number of leading arguments that gradients may be asked for.
-        output_shape: shape of the output from the arguments; its dtype and device are the first argument's.
-        kernels: kernels per implementation.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        arguments: str,
-        differentiable: int,
-        output_shape: Callable[..., Sequence[int]],
-        kernels: dict[str, Kernels],
-    ) -> None:
-        qualified = f"{NAMESPACE}::{name}"
-        tags = (torch.Tag.pt2_compliant_tag,)
-        torch.library.define(qualified, f"({arguments}, bool keep, str impl) -> (Tensor, Tensor)", tags=tags)
-        torch.library.define(
-            f"{qualified}_backward",
-            f"(Tensor grad, {arguments}, Tensor kept, bool[] needs_grad, str impl) -> Tensor[]",
-            tags=tags,
-        )
-        self.forward = getattr(getattr(torch.ops, NAMESPACE), name).default
-        self.backward = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default
-        self.kernels = kernels
-        self.differentiable = differentiable
-
-        def empty_kept(keep: bool, impl: str, arguments: Sequence[Any]) -> Tensor:
-            size = kernels[impl].kept_bytes(*arguments) if keep else 0
-            return arguments[0].new_empty(size, dtype=torch.uint8)
-
-        def run_forward(*args: object) -> tuple[Tensor, Tensor]:
-            *arguments, keep, impl = args
-            kept = empty_kept(keep, impl, arguments)
-            keeping = {"kept": kept} if keep else {}
-            with torch.autocast(arguments[0].device.type, enabled=False):
-                return kernels[impl].forward(*arguments, **keeping), kept
-
-        def run_backward(grad: Tensor, *args: object) -> list[Tensor]:
-            *arguments, kept, needs_grad, impl = args
-            keeping = {"kept": kept if kept.numel() else None} if kernels[impl].kept_bytes else {}
-            with torch.autocast(grad.device.type, enabled=False):
-                return kernels[impl].backward(grad.contiguous(), *arguments, needs_grad, **keeping)
-
-        def fake_forward(*args: object) -> tuple[Tensor, Tensor]:
-            *arguments, keep, impl = args
-            return args[0].new_empty(output_shape(*arguments)), empty_kept(keep, impl, arguments)
-
-        def fake_backward(grad: Tensor, *args: object) -> list[Tensor]:
-            needs_grad = args[-2]
-            return [a.new_empty(a.shape) for a, needed in zip(args, needs_grad, strict=False) if needed]
-
-        def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-            *arguments, _, impl = inputs
-            is_tensor = [isinstance(a, Tensor) for a in arguments]
-            kept = output[1]
-            ctx.mark_non_differentiable(kept)
-            ctx.set_materialize_grads(False)  # or what is kept gets a gradient of zeros
-            ctx.save_for_backward(kept, *(a for a, t in zip(arguments, is_tensor, strict=True) if t))
-            ctx.others = [None if t else a for a, t in zip(arguments, is_tensor, strict=True)]
-            ctx.is_tensor, ctx.impl = is_tensor, impl
-
-        def differentiate(ctx: object, grad: Tensor | None, _: object) -> tuple[Tensor | None, ...]:
-            if grad is None:
-                return (None,) * len(ctx.needs_input_grad)
-            kept, *tensors = ctx.saved_tensors
-            saved = iter(tensors)
-            arguments = [
-                next(saved) if t else other for t, other in zip(ctx.is_tensor, ctx.others, strict=True)
-            ]
-            needs_grad = list(ctx.needs_input_grad[:differentiable])
-            grads = iter(self.backward(grad, *arguments, kept, needs_grad, ctx.impl))
-            needed = needs_grad + [False] * (len(arguments) + 2 - differentiable)
-            return tuple(next(grads) if n else None for n in needed)
-
-        def differentiate_twice(ctx: object, *grads: Tensor) -> None:
-            raise NotImplementedError(
-                f"{qualified} has no second derivative; for double backward use impl='reference' under "
-                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
-            )
-
-        torch.library.impl(qualified, "default", run_forward)
-        torch.library.impl(f"{qualified}_backward", "default", run_backward)
-        torch.library.register_fake(qualified, fake_forward)
-        torch.library.register_fake(f"{qualified}_backward", fake_backward)
-        torch.library.register_autograd(qualified, differentiate, setup_context=setup_context)
-        torch.library.register_autograd(f"{qualified}_backward", differentiate_twice)
-
-    def __call__(self, *arguments: object, impl: str) -> Tensor:
-        """Run the operator; arguments have been checked."""
-        kept_bytes = self.kernels[impl].kept_bytes
-        keep = (
-            kept_bytes is not None
-            and torch.is_grad_enabled()
-            and any(isinstance(a, Tensor) and a.requires_grad for a in arguments[: self.differentiable])
-            and kept_bytes(*arguments) <= KEPT_BYTES
-        )
-        return self.forward(*arguments, keep, impl)[0]
-
-
-def run_reference(definition: Callable[..., Tensor], x: Tensor, *arguments: object) -> Tensor:
-    """Run a definition; its arguments have been cast, and autocast shall not cast within."""
-    with torch.autocast(x.device.type, enabled=False):
-        return definition(x, *arguments)
-
-
-def autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Cast features and weights to the autocast dtype if autocast is on; coordinates never go through here."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return [x, *tensors]
-    dtype = torch.get_autocast_dtype(kind)
-    return [t if t is None else t.to(dtype) for t in (x, *tensors)]

@@ -23,9 +23,9 @@ from triton import knobs
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from ..config import LAYER_NORM_EPS
-from ..errors import KernelError, expected
-from .compiled import launch_compiled, runs_compiled
+from ...errors import KernelError, expected
+from ...ops.primitives import LAYER_NORM_EPS
+from ..cuda import launch_compiled, runs_compiled
 
 # Triton's interpreter runs the kernels in NumPy, without inline assembly.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
@@ -284,7 +284,7 @@ class Launch(NamedTuple):
 _recorder: list[Launch] | None = None
 _overrides: Mapping[str, Mapping[str, Any]] = {}
 _target: tuple[str, int] | None = None
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 # What launches are recorded for.
 TYPICAL_MULTIPROCESSORS = 132
 # Blocks along the second and third axis of a CUDA grid.

@@ -1,0 +1,1 @@
+"""How a set of queries passes through the network, one file for each way."""
