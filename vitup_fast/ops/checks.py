@@ -6,11 +6,51 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from ..errors import expected
 
 FEATURE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COORDINATE_DTYPES = (torch.float32, torch.float64)
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether kernels may be given the addresses of these tensors, and of memory allocated now, past PyTorch.
+
+    Not so while PyTorch traces, compiles, transforms or otherwise watches what is called; nor for a fake, batched or
+    dual tensor, a subclass (DTensor), one without memory of its own numbers (meta, sparse, quantised, oneDNN's blocked
+    layout), or a view that stands for the conjugate or negative of its memory. Gradients are the caller's concern.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    watched = (
+        torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+    return not watched and all(t is None or _is_plain(t) for t in tensors)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but numbers at its address."""
+    return (
+        type(tensor) in (Tensor, Parameter)
+        and tensor.layout is torch.strided
+        and not tensor.is_meta
+        and not tensor.is_quantized
+        and not tensor.is_neg()
+        and not tensor.is_conj()
+        and not torch._is_functional_tensor(tensor)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not is_dual(tensor)
+        and (tensor.data_ptr() != 0 or tensor.numel() == 0)
+    )
+
+
+def is_dual(tensor: Tensor) -> bool:
+    """Whether a tensor carries a tangent of forward-mode differentiation."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def check_features(name: str, x: Tensor, shape: str, width: int | None = None) -> None:
