@@ -25,9 +25,19 @@ class KernelError(RuntimeError):
     """A kernel does not compile, or does not fit the GPU; the message names kernel, settings and GPU."""
 
 
+def brief(text: object, limit: int = 100) -> str:
+    """Return text for one line of a message: control characters escaped, the middle left out beyond ``limit``."""
+    shown = str(text)
+    if len(shown) > limit:
+        shown = f"{shown[: limit // 2]}...{shown[3 - limit // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
 def expected(argument: str, expectation: str, got: object, remedy: str = "") -> InputError:
     """Build the error for a bad argument: ``raise expected("coords", "shape (B, N, 2)", shape)``."""
-    return InputError(f"{argument}: expected {expectation}, got {got}." + (f" {remedy}" if remedy else ""))
+    return InputError(
+        f"{argument}: expected {expectation}, got {brief(got, 500)}." + (f" {remedy}" if remedy else "")
+    )
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

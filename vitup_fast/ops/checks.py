@@ -2,17 +2,87 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import expected
 
 FEATURE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COORDINATE_DTYPES = (torch.float32, torch.float64)
+# What PyTorch runs around a module's forward when the module is called, and only then.
+_HOOKS = {
+    "_forward_pre_hooks": "a hook before it",
+    "_forward_hooks": "a hook after it",
+    "_backward_pre_hooks": "a hook before its backward pass",
+    "_backward_hooks": "a hook on its backward pass",
+}
+
+
+def check_count(name: str, value: object, least: int = 1) -> int:
+    """Return a whole number of at least ``least``: a Python or NumPy integer, no boolean, float or tensor."""
+    try:
+        count = None if isinstance(value, bool | Tensor) else operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or count < least:
+        kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise expected(name, kind, repr(value))
+    return count
+
+
+def check_budget(query_chunk_size: object, max_memory: object) -> tuple[int | None, int | None]:
+    """Return queries per chunk and bytes of memory, of which one at most may be given."""
+    if query_chunk_size is not None and max_memory is not None:
+        raise expected("query_chunk_size and max_memory", "one of the two", "both")
+    return (
+        None if query_chunk_size is None else check_count("query_chunk_size", query_chunk_size),
+        None if max_memory is None else check_count("max_memory", max_memory),
+    )
+
+
+def check_layer(name: str, layer: nn.Module, kind: type[nn.Module]) -> None:
+    """Check a layer that is read and never called: its weight and bias must say all that it computes.
+
+    Parametrizations of them are honoured. Wrappers, subclasses with a ``forward`` of their own, and hooks are
+    refused; the old ``weight_norm`` and ``spectral_norm`` and ``prune`` are such hooks.
+    """
+    inherited = all(
+        method not in vars(layer) and getattr(type(layer), method, None) is getattr(kind, method, None)
+        for method in ("__call__", "forward", "_conv_forward")
+    )
+    hooks = [
+        f"{text}: {getattr(hook, '__name__', type(hook).__name__)}"
+        for attribute, text in _HOOKS.items()
+        for hook in getattr(layer, attribute).values()
+    ]
+    if hooks or not inherited:
+        raise expected(
+            name,
+            f"a plain nn.{kind.__name__}, since its parameters are read and it is never called",
+            ", ".join(hooks) if inherited else f"{type(layer).__module__}.{type(layer).__qualname__}",
+            "Merge what wraps it and remove its hooks; parametrizations (torch.nn.utils.parametrize) are honoured.",
+        )
+
+
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Check that a tensor is dense: not sparse, nested, or spread over processes."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise expected(name, "a dense tensor", got, "Use to_dense() or to_padded_tensor().")
+    if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
+        raise expected(name, "a plain tensor", type(tensor).__name__)
+
+
+def check_values(name: str, tensor: Tensor) -> None:
+    """Check that a tensor holds values, as those on the meta device do not."""
+    if tensor.is_meta:
+        raise expected(name, "a tensor that holds values", "one on the meta device")
 
 
 def are_plain(*tensors: Tensor | None) -> bool:
@@ -58,6 +128,7 @@ def check_features(name: str, x: Tensor, shape: str, width: int | None = None) -
     rank = shape.count(",") + 1
     if not isinstance(x, Tensor):
         raise expected(name, f"a tensor of shape {shape}", type(x).__name__)
+    check_plain(name, x)
     if x.dim() != rank:
         raise expected(name, f"shape {shape}", tuple(x.shape))
     if x.dtype not in FEATURE_DTYPES:
@@ -70,6 +141,7 @@ def check_coords(coords: Tensor, batch: int | None = None, count: int | None = N
     """Check coordinates: ``(B, N, 2)``, float32 or float64, with the given B and N where known."""
     if not isinstance(coords, Tensor):
         raise expected("coords", "a tensor of shape (B, N, 2)", type(coords).__name__)
+    check_plain("coords", coords)
     if coords.dim() != 3 or coords.shape[-1] != 2:
         raise expected("coords", "shape (B, N, 2) holding (x, y) in [0, 1]", tuple(coords.shape))
     if coords.dtype not in COORDINATE_DTYPES:
@@ -87,6 +159,9 @@ def check_coords(coords: Tensor, batch: int | None = None, count: int | None = N
 
 def check_weight(name: str, weight: Tensor, shape: Sequence[int], like: Tensor) -> None:
     """Check a parameter's shape, and that dtype and device are those of the features it meets."""
+    if not isinstance(weight, Tensor):
+        raise expected(name, f"a tensor of shape {tuple(shape)}", type(weight).__name__)
+    check_plain(name, weight)
     if tuple(weight.shape) != tuple(shape):
         raise expected(name, f"shape {tuple(shape)}", tuple(weight.shape))
     check_alike(name, weight, like)
