@@ -11,6 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 from vitup_fast.network.config import ViTUpConfig
 from vitup_fast.ops import implementations
 from vitup_fast.testing import OPERATIONS, random_coords, random_image, random_network
+from vitup_fast.walks import Settings, choose_walk
 
 # The tests are many and small: threads would mostly wait for each other.
 torch.set_num_threads(1)
@@ -38,6 +39,13 @@ def pytest_collection_modifyitems(config, items):
     repeated = [item for item in items if is_repeated(item)]
     config.hook.pytest_deselected(items=repeated)
     items[:] = [item for item in items if item not in repeated]
+
+
+def query_bytes(network, impl):
+    """Memory that a budget counts for one query of the last depth."""
+    settings = Settings(impl, impl, network.config.num_heads, network.dtype, True)
+    dim, dtype = network.config.dim, network.dtype
+    return choose_walk(settings).query_bytes(dim, dtype) + dim * dtype.itemsize
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from threading import Barrier, Thread
 
 import pytest
 import torch
+from conftest import query_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vitup_fast.kernels import cpu as cpu_kernels
@@ -42,7 +43,6 @@ from vitup_fast.testing import (
     tensors_of,
     with_tensors,
 )
-from vitup_fast.walks.gpu import SCHEDULERS
 
 implementations = importlib.import_module("vitup_fast.ops.implementations")
 
@@ -406,7 +406,7 @@ def test_threads_chunks_and_neighbours_do_not_matter(threads, dtype, impl):
 def test_budgets_do_not_change_the_result(count):
     network, coords = make_network(), make_coords()
     cache = prepared(network, make_image())
-    least = network._query_bytes("cpu", False, None)
+    least = query_bytes(network, "cpu")
     budget = smallest_scratch(CONFIG.dim, len(network.rel_pos_enc.freqs)) + least * count
     assert torch.equal(query(network, cache, coords, max_memory=budget), query(network, cache, coords))
     with pytest.raises(InputError, match=rf"max_memory: expected at least {budget - least * (count - 1)}"):
@@ -719,6 +719,7 @@ def test_other_python_threads_run_meanwhile():
 FORK = """
 import os, sys, threading
 import torch
+from conftest import query_bytes
 sys.path.insert(0, {tests!r})
 import test_cpu_kernels as t
 
@@ -777,7 +778,7 @@ def test_a_thousand_calls_leave_nothing_behind(threads):
                 cache = prepared(network, image)
             query(network, cache, coords, query_chunk_size=20)
             if i % 50 == 0:  # packs the weights
-                SCHEDULERS.pop(network, None)
+                network._walks.clear()
 
     work(200)
     memory, count = resident(), tasks()

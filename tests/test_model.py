@@ -9,13 +9,13 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from conftest import FAST_IMPLS, FLOAT64_IMPLS, IMPLS
+from conftest import FAST_IMPLS, FLOAT64_IMPLS, IMPLS, query_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-import vitup_fast.network.model
 from vitup_fast import ImageCache, InputError, ViTUp, ViTUpConfig
+from vitup_fast.network import grid
 from vitup_fast.testing import (
     assert_within_budget,
     poisoned_allocations,
@@ -23,6 +23,8 @@ from vitup_fast.testing import (
     random_image,
     random_network,
 )
+from vitup_fast.walks import operators
+from vitup_fast.walks.plan import CHUNK_QUERIES
 
 GOLDEN = Path(__file__).parent / "data" / "vitup_tiny.safetensors"
 GOLDEN_CONFIG = ViTUpConfig(dim=64, num_heads=2, layer_indices=(0, 1, 2, 3))
@@ -214,7 +216,7 @@ def test_images_do_not_mix(network, cache, coords, images):
 @property_test
 @given(numerator=st.integers(1, 20))
 def test_memory_budget_does_not_change_the_result(network, cache, coords, numerator):
-    per_query = network._query_bytes("torch", False, None)
+    per_query = query_bytes(network, "torch")
     close(
         query(network, cache, coords, max_memory=per_query * numerator),
         query(network, cache, coords, query_chunk_size=10**6),
@@ -268,12 +270,8 @@ def test_dense_in_float32_is_as_exact_as_eager(float32_case, size, chunk):
 
 def test_dense_runs_the_position_mlp_once_per_relative_position(network, image, monkeypatch):
     rows = []
-    original = vitup_fast.network.model.film_gamma_beta
-    monkeypatch.setattr(
-        vitup_fast.network.model,
-        "film_gamma_beta",
-        lambda r, *rest: rows.append(len(r)) or original(r, *rest),
-    )
+    original = grid.film_gamma_beta
+    monkeypatch.setattr(grid, "film_gamma_beta", lambda r, *rest: rows.append(len(r)) or original(r, *rest))
     low = copy.deepcopy(network).float()
     with torch.no_grad():
         low.dense(low.prepare(*image), (20, 28), query_chunk_size=64)
@@ -295,10 +293,8 @@ def test_only_the_decoders_asked_for_run(network, image, coords):
 
 def test_number_of_decodings(network, cache, coords, monkeypatch):
     calls = []
-    original = vitup_fast.network.model.norm_linear
-    monkeypatch.setattr(
-        vitup_fast.network.model, "norm_linear", lambda *a, **k: calls.append(a) or original(*a, **k)
-    )
+    original = operators.norm_linear
+    monkeypatch.setattr(operators, "norm_linear", lambda *a, **k: calls.append(a) or original(*a, **k))
     query(network, cache, coords, query_chunk_size=1000)
     assert len(calls) == 1
     query(network, cache, coords, query_chunk_size=1000, return_all_layers=True)
@@ -554,10 +550,8 @@ def test_memory_stays_within_the_budget(dtype, megabytes, blocks, impl):
     with torch.no_grad():
         cache = network.prepare(*random_image(config, generator, patch_grid=(56, 56)))
         network(cache, random_coords(generator, 1, 1), impl=impl)  # packs the weights
-    largest = vitup_fast.network.model.CHUNK_QUERIES["cpu"] * 3 // 2
-    scattered = random_coords(
-        generator, 1, min(largest, 2 * budget // network._query_bytes(impl, False, None))
-    )
+    largest = CHUNK_QUERIES["cpu"] * 3 // 2
+    scattered = random_coords(generator, 1, min(largest, 2 * budget // query_bytes(network, impl)))
 
     def peak(run, *arguments, **options):
         return peak_memory(lambda: run(cache, *arguments, impl=impl, max_memory=budget, **options))
@@ -607,7 +601,7 @@ def test_prepare_errors(network, image, change, message):
         ({"query_chunk_size": 2.0}, "query_chunk_size: expected a positive integer, got 2.0"),
         ({"query_chunk_size": 2, "max_memory": 10**9}, "query_chunk_size and max_memory: expected one"),
         ({"max_memory": 100}, r"max_memory: expected at least \d+ bytes, the need of one query, got 100"),
-        ({"max_memory": "4 MB"}, "max_memory: expected at least"),
+        ({"max_memory": "4 MB"}, "max_memory: expected a positive integer"),
         ({"impl": "fast"}, r"impl: expected 'auto' or one of \['triton', .*'reference'\], got 'fast'"),
         ({"head": torch.nn.Linear(32, 2), "return_all_layers": True}, "head: expected no head together"),
     ],
@@ -622,7 +616,9 @@ def test_forward_errors(network, cache, coords, options, message):
 @pytest.mark.parametrize("budget", [100, True, "4 MB"])
 def test_dense_memory_errors(network, cache, dtype, budget):
     low = copy.deepcopy(network).to(dtype)
-    with pytest.raises(InputError, match=rf"max_memory: expected at least \d+ bytes, .*, got '?{budget}'?"):
+    with pytest.raises(
+        InputError, match=rf"max_memory: expected (at least \d+ bytes|a positive int).*, got '?{budget}'?"
+    ):
         low.dense(cache.to(dtype), (9, 9), max_memory=budget)
 
 

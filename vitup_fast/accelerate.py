@@ -12,8 +12,13 @@ from torch import Tensor, nn
 
 from .errors import expected
 from .network.config import ViTUpConfig
-from .network.model import ImageCache, ViTUp, parameter_state
+from .network.model import ImageCache, ViTUp
 from .ops.checks import COORDINATE_DTYPES
+
+
+def parameter_state(tensors):
+    """Address and version of each tensor, which change when it is replaced or written in place."""
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 @dataclass

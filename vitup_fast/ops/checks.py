@@ -16,7 +16,7 @@ from ..errors import expected
 FEATURE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COORDINATE_DTYPES = (torch.float32, torch.float64)
 # What PyTorch runs around a module's forward when the module is called, and only then.
-_HOOKS = {
+HOOKS = {
     "_forward_pre_hooks": "a hook before it",
     "_forward_hooks": "a hook after it",
     "_backward_pre_hooks": "a hook before its backward pass",
@@ -58,7 +58,7 @@ def check_layer(name: str, layer: nn.Module, kind: type[nn.Module]) -> None:
     )
     hooks = [
         f"{text}: {getattr(hook, '__name__', type(hook).__name__)}"
-        for attribute, text in _HOOKS.items()
+        for attribute, text in HOOKS.items()
         for hook in getattr(layer, attribute).values()
     ]
     if hooks or not inherited:
@@ -71,8 +71,8 @@ def check_layer(name: str, layer: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def check_plain(name: str, tensor: Tensor) -> None:
-    """Check that a tensor is dense: not sparse, nested, or spread over processes."""
-    if tensor.is_nested or tensor.layout != torch.strided:
+    """Check that a tensor is dense: not sparse, nested, or spread over processes. Packed weights are dense."""
+    if tensor.is_nested or not (tensor.layout == torch.strided or tensor.is_mkldnn):
         got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise expected(name, "a dense tensor", got, "Use to_dense() or to_padded_tensor().")
     if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):

@@ -1,185 +1,176 @@
-"""The compiled kernels for CPUs as a network walks them."""
+"""The walk by compiled kernels for CPUs: packed weights, and one state that every kernel changes in place."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..kernels.cpu.bilinear_sample import bilinear_sample
-from ..kernels.cpu.context import Context, Held
+from ..kernels.cpu.context import Context, Held, smallest_scratch
 from ..kernels.cpu.film_mlp import Film, film_mlp_at, film_mlp_from_table, pack_position
 from ..kernels.cpu.norm_linear import norm_linear
 from ..kernels.cpu.project_image import Projection, project_image
 from ..kernels.cpu.residual_mlp import pack_mlp, residual_mlp
 from ..kernels.cpu.rope_cross_attention import Attention, pack_attention, pack_image, rope_cross_attention
-from .gpu import Source, version
+from ..network.image_cache import ImageCache
+from ..network.weights import BlockWeights, DecoderWeights, NetworkWeights, Snapshot
+from .plan import Spans
+from .walk import Chunk, Decoding, Settings, Step, Walk, plain_modes
 
-if TYPE_CHECKING:
-    from ..network.model import DecoderWeights, ImageCache, NetworkWeights
-    from ..ops import FilmTable
 
-
-class Block(NamedTuple):
-    """Parameters of one block as the kernels take them."""
+class _Block(NamedTuple):
+    """Packed parameters of one block."""
 
     transition: Held
     attention: Attention
     film: Film
     mlp: Held
+    image: Projection
+
+    @classmethod
+    def pack(cls, context: Context, weights: BlockWeights) -> _Block:
+        """Pack the parameters of one block."""
+        image, film = weights.image, weights.film
+        return cls(
+            pack_mlp(context, weights.transition),
+            pack_attention(context, weights.attention),
+            Film(
+                pack_position(context, weights.position),
+                pack_mlp(context, film.mlp),
+                context.norm(film.out_norm_weight, film.out_norm_bias),
+            ),
+            pack_mlp(context, weights.mlp),
+            Projection(
+                context.norm(image.norm_weight, image.norm_bias),
+                context.matrix(image.key_weight, image.key_bias),
+                context.matrix(image.value_weight, image.value_bias),
+                context.norm(image.token_norm_weight, image.token_norm_bias),
+            ),
+        )
 
 
-class ImageWeights(NamedTuple):
-    """Parameters of one block that the image alone passes through: LNh, Wk, bk, Wv, bv, LNin."""
-
-    norm_weight: Tensor  # [D]
-    norm_bias: Tensor  # [D]
-    key_weight: Tensor  # [D, D]
-    key_bias: Tensor  # [D]
-    value_weight: Tensor  # [D, D]
-    value_bias: Tensor  # [D]
-    token_norm_weight: Tensor  # [D]
-    token_norm_bias: Tensor  # [D]
-
-
-class PackedImage(NamedTuple):
+class _PackedImages(NamedTuple):
     """Keys and values of all images, packed, and what they were packed from."""
 
     keys: list[Tensor]  # [B * Hh, words] per block
     values: list[Tensor]  # [B * Hh, words] per block
-    versions: list[tuple[int, int]]
+    source: Snapshot
 
 
-class CpuWorkspace(NamedTuple):
-    """What a chunk of queries needs while it walks: its state is all that outlives a kernel."""
+class CpuWalk(Walk):
+    """Takes a tile of queries through an operation in one core's cache; safe for several threads."""
 
-    context: Context
-    state: Tensor  # [rows, D]
-    image: PackedImage
+    remembered = True
 
+    @classmethod
+    def takes(cls, settings: Settings) -> bool:
+        """See :meth:`Walk.takes`."""
+        return settings.in_place and settings.implementation in ("cpu", "cpu_int8")
 
-class CpuScheduler:
-    """Walks chunks of queries of one network; holds its packed weights. Safe for several threads.
+    @classmethod
+    def query_bytes(cls, dim: int, dtype: torch.dtype) -> int:
+        """See :meth:`Walk.query_bytes`: all but the query's state lies in the kernels' scratch."""
+        return 2 * dim * dtype.itemsize
 
-    Args:
-        weights: parameters of the network, in the compute type.
-        images: per block, parameters for the image alone, in the compute type.
-        heads: number of attention heads.
-        inv_freq: rotary frequencies.
-        freqs: frequencies of the position code.
-        state: of the parameters that these come from.
-        samples: a few numbers of these parameters.
-        int8: whether products are computed in 8-bit integers.
-    """
+    @classmethod
+    def least_scratch(cls, dim: int, bands: int) -> int:
+        """See :meth:`Walk.least_scratch`."""
+        return smallest_scratch(dim, bands)
 
-    def __init__(
-        self,
-        weights: NetworkWeights,
-        images: Sequence[ImageWeights],
-        heads: int,
-        inv_freq: Tensor,
-        freqs: Tensor,
-        state: tuple[object, ...],
-        samples: Tensor,
-        int8: bool,
-    ) -> None:
-        weight = weights.decoders[0].weight
-        self.dim, self.dtype, self.int8 = weight.shape[1], weight.dtype, int8
-        self.heads = heads
-        self.width = max(self.dim, 2 + 4 * freqs.shape[0])
-        self.state, self.samples = state, samples
-        self.inv_freq, self.freqs = inv_freq.float().contiguous(), freqs.float().contiguous()
-        context = Context(self.dtype, self.width, int8=int8, keep=True)
-        self.blocks = [
-            Block(
-                pack_mlp(context, block.transition),
-                pack_attention(context, block.attention),
-                Film(
-                    pack_position(context, block.position),
-                    pack_mlp(context, block.film.mlp),
-                    context.norm(*block.film[1:]),
-                ),
-                pack_mlp(context, block.mlp),
+    def __init__(self, weights: NetworkWeights, settings: Settings) -> None:
+        self.dim, self.dtype, self.heads = weights.decoders[0].weight.shape[1], settings.dtype, settings.heads
+        self.int8 = settings.implementation == "cpu_int8"
+        self.width = max(self.dim, 2 + 4 * weights.freqs.shape[0])
+        with plain_modes(weights.freqs.device):
+            weights = weights.map(lambda t: t.detach().to(self.dtype))
+            self.inv_freq, self.freqs = (
+                t.detach().float().contiguous().clone() for t in (weights.inv_freq, weights.freqs)
             )
-            for block in weights.blocks
-        ]
-        self.images = [
-            Projection(
-                context.norm(*image[:2]),
-                context.matrix(*image[2:4]),
-                context.matrix(*image[4:6]),
-                context.norm(*image[6:]),
-            )
-            for image in images
-        ]
-        self.decoders = [self.fold_decoder(decoder) for decoder in weights.decoders]
+            context = self._context()
+            self.blocks = [_Block.pack(context, block) for block in weights.blocks]
+            self.decoders = [self._pack_decoder(context, decoder) for decoder in weights.decoders]
         self._images: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def fold_decoder(self, decoder: DecoderWeights) -> tuple[Held, Held]:
-        """Pack the parameters of a decoder."""
-        context = Context(self.dtype, self.width, int8=self.int8, keep=True)
-        return context.norm(*decoder[:2]), context.matrix(*decoder[2:])
-
-    def project(
-        self, hidden_states: Sequence[Tensor]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Keys, values and tokens of every block, as an ImageCache holds them, from its hidden states."""
-        context = Context(self.dtype, self.width, int8=self.int8, keep=True)
-        projected = []
-        for hidden, projection in zip(hidden_states, self.images, strict=True):
-            key, value, tokens = project_image(
-                context, hidden.contiguous(), projection, self.inv_freq, self.heads
-            )
-            projected.append((key, value, tokens))
+    def project(self, hidden_states: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
+        """See :meth:`Walk.project`."""
+        with plain_modes(hidden_states[0].device):
+            context = self._context()
+            projected = [
+                project_image(context, hidden.contiguous(), block.image, self.inv_freq, self.heads)
+                for hidden, block in zip(hidden_states, self.blocks, strict=True)
+            ]
         keys, values, tokens = zip(*projected, strict=True)
         return keys, values, tokens
 
-    def workspace(self, rows: int, cache: ImageCache, max_bytes: int | None = None) -> CpuWorkspace:
-        """Memory for chunks of ``rows`` queries of these images, of which the scratch takes at most ``max_bytes``."""
-        context = Context(self.dtype, self.width, int8=self.int8, max_bytes=max_bytes, keep=True)
-        state = torch.empty(rows, self.dim, dtype=self.dtype)
-        return CpuWorkspace(context, state, self._packed(context, cache))
-
-    def _packed(self, context: Context, cache: ImageCache) -> PackedImage:
-        """Keys and values of a cache, packed at its first use."""
-        versions = [(t.data_ptr(), version(t)) for t in (*cache.keys, *cache.values)]
-        known = self._images.get(cache.keys[0])
-        if known is None or known.versions != versions:
-            packed = [pack_image(context, *pair) for pair in zip(cache.keys, cache.values, strict=True)]
-            known = PackedImage(*(list(tensors) for tensors in zip(*packed, strict=True)), versions)
-            self._images[cache.keys[0]] = known
-        return known
-
-    def walk(
+    def begin(
         self,
         cache: ImageCache,
-        coords: Tensor,  # [b, n, 2]
-        tables: Sequence[FilmTable | None],
-        decoders: Mapping[int, tuple[Held, Held]],
-        outputs: Mapping[int, Tensor],  # [b, n, E] or [b, n] each
-        memory: CpuWorkspace,
-        source: Source,
-    ) -> None:
-        """Walk one chunk of queries and decode it into ``outputs``.
+        decoding: Decoding,
+        spans: Spans,
+        groups: Sequence[slice],
+        scratch_bytes: int | None,
+    ) -> Step:
+        """See :meth:`Walk.begin`."""
+        with plain_modes(cache.patch_grid.device):
+            cache = cache.to(self.dtype)
+            context = self._context(scratch_bytes)
+            images = self._packed(context, cache)
+            decoders = {depth: self.decoders[depth] for depth in decoding.depths}
+            if decoding.head is not None:
+                last = decoding.depths[-1]
+                matrix, bias = (t.detach().to(self.dtype) for t in decoding.head)
+                decoders[last] = decoders[last][0], self._context().matrix(matrix, bias)
+            rows = spans.longest * max(g.stop - g.start for g in groups)
+            states = torch.empty(rows, self.dim, dtype=self.dtype, device="cpu")
 
-        Args:
-            cache: the images of the chunk, in the compute type.
-            coords: where the queries are.
-            tables: per block, for queries of a grid.
-            decoders: decoders of the depths asked for.
-            outputs: per depth, where scores go, or labels: an integer dtype asks for the argmax.
-            memory: from :meth:`workspace`.
-            source: which images of the workspace's the chunk reads.
-        """
-        context, image = memory.context, memory.image
+        def step(chunk: Chunk, out: Sequence[Tensor]) -> Sequence[Tensor]:
+            with plain_modes(cache.patch_grid.device):
+                self._walk(
+                    context, images, cache, chunk, states, decoders, dict(zip(decoders, out, strict=True))
+                )
+            return out
+
+        return step
+
+    def _context(self, max_bytes: int | None = None) -> Context:
+        """Threads and scratch for this network, of which all threads' may take ``max_bytes``."""
+        return Context(self.dtype, self.width, int8=self.int8, max_bytes=max_bytes, keep=True)
+
+    @staticmethod
+    def _pack_decoder(context: Context, decoder: DecoderWeights) -> tuple[Held, Held]:
+        """Pack the parameters of a decoder."""
+        return context.norm(*decoder[:2]), context.matrix(*decoder[2:])
+
+    def _packed(self, context: Context, cache: ImageCache) -> _PackedImages:
+        """Keys and values of a cache, packed at its first use."""
+        source = (*cache.keys, *cache.values)
+        known = self._images.get(source[0])
+        if known is None or not known.source.holds(source):
+            pairs = [pack_image(context, *pair) for pair in zip(cache.keys, cache.values, strict=True)]
+            keys, values = (list(tensors) for tensors in zip(*pairs, strict=True))
+            known = self._images[source[0]] = _PackedImages(keys, values, Snapshot(source))
+        return known
+
+    def _walk(
+        self,
+        context: Context,
+        images: _PackedImages,
+        cache: ImageCache,
+        chunk: Chunk,
+        states: Tensor,  # [rows, D]
+        decoders: dict[int, tuple[Held, Held]],
+        outputs: dict[int, Tensor],  # [b, n, E] or [b, n] each
+    ) -> None:
+        """Walk one chunk and decode it into ``outputs``."""
+        group, (coords, tables) = chunk
         b, n, _ = coords.shape
         coords = coords.contiguous()
-        state = memory.state[: b * n].view(b, n, self.dim)
-        heads, token_grid = cache.keys[0].shape[1], cache.token_grid
-        first = source.images.start * heads
+        state = states[: b * n].view(b, n, self.dim)
+        token_grid, first = cache.token_grid, group.start * self.heads
 
         def decode(depth: int) -> None:
             if depth not in decoders:
@@ -188,20 +179,19 @@ class CpuScheduler:
             if output.dtype.is_floating_point:
                 norm_linear(context, state, norm, matrix, output)
             else:
-                scores = torch.empty(b, n, len(matrix.tensors[1]), dtype=self.dtype)
+                scores = torch.empty(b, n, len(matrix.tensors[1]), dtype=self.dtype, device="cpu")
                 norm_linear(context, state, norm, matrix, scores)
                 output.copy_(scores.argmax(-1))
 
-        bilinear_sample(context, cache.patch_grid.contiguous(), coords, state)
+        bilinear_sample(context, cache.patch_grid[group].contiguous(), coords, state)
         decode(0)
-        steps = zip(self.blocks, image.keys, image.values, cache.tokens, tables, strict=True)
+        steps = zip(self.blocks, images.keys, images.values, cache.tokens, tables, strict=True)
         for depth, (block, key, value, tokens, table) in enumerate(steps, start=1):
             residual_mlp(context, state, block.transition, state)
             addresses = key[first].data_ptr(), value[first].data_ptr()
-            rope_cross_attention(
-                context, state, coords, *addresses, block.attention, self.inv_freq, heads, token_grid, state
-            )
-            tokens = tokens.contiguous()
+            attended = (block.attention, self.inv_freq, self.heads, token_grid)
+            rope_cross_attention(context, state, coords, *addresses, *attended, state)
+            tokens = tokens[group].contiguous()
             if table is None:
                 film_mlp_at(context, state, coords, tokens, block.film, self.freqs, state)
             else:

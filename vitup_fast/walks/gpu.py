@@ -1,4 +1,4 @@
-"""How chunks of queries walk through the network on a GPU: kernels that hand row moments on, in memory that is reused.
+"""The walk by fused kernels on a GPU: row moments handed on, in memory that is reused.
 
 Each kernel writes the moments of its rows, so that the LayerNorm that follows costs no pass of its own, and everything
 between sampling and decoding lies in one workspace. From its second chunk on, a chunk of a given size replays a CUDA
@@ -8,26 +8,29 @@ graph: its launches then cost the CPU nothing, which is what a small set of quer
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..ops import FilmTable
+from ..kernels.cuda import compiled_kernels
+from ..network.image_cache import ImageCache
+from ..network.weights import BlockWeights, DecoderWeights, NetworkWeights, Snapshot
 from ..ops.coordinates import position_dtype
+from ..ops.implementations import compiled_operations
+from .operators import OperatorsWalk, project
+from .plan import Spans
+from .walk import Chunk, Decoding, Settings, Step, Walk, plain_modes
 
 if TYPE_CHECKING:
     from ..kernels.triton.film_mlp import FoldedPosition
     from ..kernels.triton.linear import Folded
     from ..kernels.triton.residual_mlp import FoldedMLP
-    from ..network.model import BlockWeights, DecoderWeights, ImageCache
 
 # Memory of the graphs that a network keeps per thread, device and stream.
-SESSION_BYTES = 128 << 20
+GRAPH_BYTES = 128 << 20
 
 
 class FoldedBlock(NamedTuple):
@@ -90,13 +93,6 @@ class Table(NamedTuple):
     gamma_beta: Sequence[Tensor]  # [R, 2 D] per block
     row: Tensor  # [n]
     token: Tensor  # [n]
-
-
-class Source(NamedTuple):
-    """Tensors of which a chunk reads views, and the images that it reads of them."""
-
-    tensors: Sequence[Tensor]
-    images: slice
 
 
 class Workspace:
@@ -227,7 +223,7 @@ def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
     return graph.replay
 
 
-class _Session:
+class GraphedChunk:
     """Workspace for chunks of one size, with what their graph reads: it holds addresses, not values."""
 
     def __init__(
@@ -238,7 +234,7 @@ class _Session:
         self.seen = False
         self.own_per_image: list[Tensor] = []
         self.own_per_chunk: list[Tensor] = []
-        self.copied: list[tuple[weakref.ref[Tensor], int]] = []
+        self.copied: Snapshot | None = None
         self.copied_images: slice | None = None
         self.moments: Tensor | None = None
         self.replay: Callable[[], None] | None = None
@@ -249,9 +245,27 @@ class _Session:
         return self.workspace.nbytes + sum(t.nbytes for t in (*self.own_per_image, *self.own_per_chunk))
 
     def run(
-        self, image: Image, coords: Tensor, table: Table | None, moments: Tensor, source: Source
+        self,
+        image: Image,
+        coords: Tensor,
+        table: Table | None,
+        moments: Tensor,
+        sources: Sequence[Tensor],
+        images: slice,
     ) -> Tensor:
-        """Walk a chunk: launched one by one the first two times, the second time also recorded, then replayed."""
+        """Walk a chunk: launched one by one the first two times, the second time also recorded, then replayed.
+
+        Args:
+            image: keys, values and tokens of the chunk's images.
+            coords: where the queries are.
+            table: for queries of a grid.
+            moments: moments of the sampled queries.
+            sources: the tensors of which ``image`` and ``table`` are views, by which they are known again.
+            images: which images of those.
+
+        Returns:
+            Moments of the last state.
+        """
         if not self.seen:
             self.seen = True
             return walk_blocks(self.constants, image, coords, table, self.workspace, moments)
@@ -262,10 +276,11 @@ class _Session:
                 [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
                 for tensors in (per_image, per_chunk)
             )
-        if not self._holds(source):
+        if self.copied is None or self.copied_images != images or not self.copied.holds(sources):
             torch._foreach_copy_(self.own_per_image, per_image)
-            self.copied = [(weakref.ref(t), version(t)) for t in source.tensors]
-            self.copied_images = source.images
+            # Writes to inference tensors are not counted, and to compare values would cost more than to copy them.
+            countable = not any(t.is_inference() for t in sources)
+            self.copied, self.copied_images = (Snapshot(sources) if countable else None), images
         torch._foreach_copy_(self.own_per_chunk, per_chunk)
         if self.replay is None:
             blocks = len(image.keys)
@@ -288,99 +303,129 @@ class _Session:
             self.replay()
         return self.moments
 
-    def _holds(self, source: Source) -> bool:
-        """Whether the images and tables of the last chunk come again, unchanged."""
-        if self.copied_images != source.images or len(self.copied) != len(source.tensors):
-            return False
-        return all(
-            ref() is t and written == version(t)
-            for (ref, written), t in zip(self.copied, source.tensors, strict=True)
-        )
 
+class GpuWalk(Walk):
+    """Folded weights and recorded graphs; safe for several threads, streams and GPUs: each has graphs of its own."""
 
-def version(t: Tensor) -> int:
-    """Number of writes to a tensor, as far as PyTorch counts them."""
-    return 0 if t.is_inference() else t._version
+    remembered = True
 
+    @classmethod
+    def takes(cls, settings: Settings) -> bool:
+        """See :meth:`Walk.takes`."""
+        return settings.in_place and settings.implementation in ("triton", "cuda")
 
-class Scheduler:
-    """Walks chunks of queries of one network; holds its folded weights and its graphs.
+    @classmethod
+    def query_bytes(cls, dim: int, dtype: torch.dtype) -> int:
+        """See :meth:`Walk.query_bytes`."""
+        return OperatorsWalk.query_bytes(dim, dtype)
 
-    Safe for several threads, streams and GPUs: each has graphs and workspaces of its own.
-
-    Args:
-        constants: folded weights.
-        decoders: the decoder of every depth.
-        state: of the parameters that they were folded from.
-        samples: a few numbers of these parameters.
-        dim: feature width D.
-        dtype: compute type.
-    """
-
-    def __init__(
-        self,
-        constants: Constants,
-        decoders: Sequence[Folded],
-        state: tuple[object, ...],
-        samples: Tensor,
-        dim: int,
-        dtype: torch.dtype,
-    ) -> None:
-        self.constants, self.decoders, self.dim, self.dtype = constants, decoders, dim, dtype
-        self.state, self.samples = state, samples
-        self._sessions: OrderedDict[tuple[object, ...], _Session] = OrderedDict()
+    def __init__(self, weights: NetworkWeights, settings: Settings) -> None:
+        self.settings, self.dtype = settings, settings.dtype
+        self.dim = weights.decoders[0].weight.shape[1]
+        self.device = weights.freqs.device
+        with plain_modes(self.device):
+            self.weights = weights.map(torch.Tensor.detach)
+            weights = weights.map(lambda t: t.detach().to(self.dtype))
+            blocks = [fold_block(block, self.dim // settings.heads) for block in weights.blocks]
+            self.constants = Constants(blocks, weights.inv_freq, weights.freqs)
+            self.decoders = [fold_decoder(decoder) for decoder in weights.decoders]
+        self._graphed: OrderedDict[tuple[object, ...], GraphedChunk] = OrderedDict()
         self._lock = threading.Lock()
 
-    def session(self, rows: int, shape: tuple[object, ...], device: torch.device) -> _Session:
-        """The session of this thread and stream for chunks of a size and shape; those used least make room."""
+    def project(self, hidden_states: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
+        """See :meth:`Walk.project`."""
+        with plain_modes(self.device):
+            return project(self.weights, hidden_states, self.settings)
+
+    def begin(
+        self,
+        cache: ImageCache,
+        decoding: Decoding,
+        spans: Spans,
+        groups: Sequence[slice],
+        scratch_bytes: int | None,
+    ) -> Step:
+        """See :meth:`Walk.begin`."""
+        compiled = compiled_operations(self.settings.impl, cache.patch_grid)
+        sources = (*cache.keys, *cache.values, *cache.tokens)
+        rows = spans.longest * max(g.stop - g.start for g in groups)
+        last = len(self.constants.blocks)
+        with plain_modes(self.device):
+            cache = cache.to(self.dtype)
+            decoders = {depth: self.decoders[depth] for depth in decoding.depths}
+            if decoding.head is not None:
+                head = decoding.decoders(self.weights)[last]
+                decoders[last] = fold_decoder(DecoderWeights(*(t.detach().to(self.dtype) for t in head)))
+            graphed, graphed_shape, workspace = None, None, None
+            if scratch_bytes is not None or not wants_graph(self.device, decoding.depths, last):
+                workspace = Workspace(rows, self.dim, self.dtype, self.device)
+
+        def step(chunk: Chunk, out: Sequence[Tensor]) -> Sequence[Tensor]:
+            nonlocal graphed, graphed_shape, workspace
+            images, (coords, tables) = chunk
+            tabulated = [t.gamma_beta for t in tables if t is not None]
+            shape = (coords.shape[0], coords.dtype, *cache.token_grid, *(len(t) for t in tabulated[:1]))
+            with plain_modes(self.device), compiled_kernels(compiled):
+                if workspace is None:
+                    graphed, graphed_shape = self._graphed_chunk(rows, (*shape, compiled)), shape
+                    workspace = graphed.workspace
+                replays = graphed is not None and shape == graphed_shape
+                replays = replays and coords.shape[0] * coords.shape[1] == rows
+
+                def run(image: Image, coords: Tensor, table: Table | None, moments: Tensor) -> Tensor:
+                    return graphed.run(image, coords, table, moments, [*sources, *tabulated], images)
+
+                outputs = dict(zip(decoders, out, strict=True))
+                self._walk(cache[images], chunk, decoders, outputs, workspace, run if replays else None)
+            return out
+
+        return step
+
+    def _graphed_chunk(self, rows: int, shape: tuple[object, ...]) -> GraphedChunk:
+        """That of this thread and stream for chunks of a size and shape; those used least make room."""
+        device = self.device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         owner = (threading.get_ident(), device, stream)
         key = (*owner, rows, *shape)
         with self._lock:
-            session = self._sessions.pop(key, None)
-            if session is None:
-                session = _Session(rows, self.constants, self.dim, self.dtype, device)
-            own = [k for k in self._sessions if k[:3] == owner]
-            while own and session.nbytes + sum(self._sessions[k].nbytes for k in own) > SESSION_BYTES:
-                del self._sessions[own.pop(0)]
-            self._sessions[key] = session
-        return session
+            graphed = self._graphed.pop(key, None)
+            if graphed is None:
+                graphed = GraphedChunk(rows, self.constants, self.dim, self.dtype, device)
+            own = [k for k in self._graphed if k[:3] == owner]
+            while own and graphed.nbytes + sum(self._graphed[k].nbytes for k in own) > GRAPH_BYTES:
+                del self._graphed[own.pop(0)]
+            self._graphed[key] = graphed
+        return graphed
 
-    def fold_decoder(self, decoder: DecoderWeights) -> Folded:
-        """Fold the parameters of a decoder."""
-        return fold_decoder(decoder)
-
-    def walk(
+    def _walk(
         self,
         cache: ImageCache,
-        coords: Tensor,  # [b, n, 2]
-        tables: Sequence[FilmTable | None],
+        chunk: Chunk,
         decoders: Mapping[int, Folded],
         outputs: Mapping[int, Tensor],  # [b, n, E] or [b, n] each, contiguous
-        memory: Workspace | _Session,
-        source: Source,
+        workspace: Workspace,
+        replay: Callable[[Image, Tensor, Table | None, Tensor], Tensor] | None,
     ) -> None:
-        """Walk one chunk of queries and decode it into ``outputs``.
+        """Walk one chunk and decode it into ``outputs``.
 
         Args:
             cache: the images of the chunk, in the compute type.
-            coords: where the queries are.
-            tables: per block, for queries of a grid.
-            decoders: decoders of the depths asked for; with a session at most the first and the last.
+            chunk: the queries.
+            decoders: decoders of the depths asked for; with ``replay`` at most the first and the last.
             outputs: per depth, where scores go, or labels: an integer dtype asks for the argmax.
-            memory: a workspace for launches one by one, or the session of this chunk's size.
-            source: what cache and tables are views of, by which a session knows them again.
+            workspace: memory for the chunk.
+            replay: walks the blocks instead of :func:`walk_blocks`.
         """
         from ..kernels.triton.bilinear_sample import sample
         from ..kernels.triton.linear import linear, linear_argmax
 
+        coords, tables = chunk.queries
         b, n, _ = coords.shape
         rows, coords = b * n, coords.to(position_dtype(coords, cache.patch_grid)).contiguous()
         image = Image(cache.keys, cache.values, cache.tokens)
         table = None
         if tables[0] is not None:
             table = Table([t.gamma_beta for t in tables], tables[0].row, tables[0].token)
-        workspace = memory.workspace if isinstance(memory, _Session) else memory
 
         def decode(depth: int, state: Tensor, moments: Tensor) -> None:
             if depth not in decoders:
@@ -395,8 +440,8 @@ class Scheduler:
         moments = workspace.moments[: 2 * rows].view(rows, 1, 2)
         sample(cache.patch_grid, coords, out=state.view(b, n, self.dim), moments=moments)
         decode(0, state, moments)
-        if isinstance(memory, _Session):
-            decode(len(self.constants.blocks), state, memory.run(image, coords, table, moments, source))
+        if replay is not None:
+            decode(len(self.constants.blocks), state, replay(image, coords, table, moments))
         else:
             walk_blocks(self.constants, image, coords, table, workspace, moments, decode)
 
@@ -406,13 +451,3 @@ def wants_graph(device: torch.device, depths: Iterable[int], last: int) -> bool:
     if not set(depths) <= {0, last} or device.type != "cuda":
         return False
     return not torch.cuda.is_current_stream_capturing()
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-# Of each network, by implementation, operations with compiled CUDA kernels, and compute type.
-Schedulers = weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, tuple[str, ...], torch.dtype], Scheduler]]
-SCHEDULERS: Schedulers = weakref.WeakKeyDictionary()

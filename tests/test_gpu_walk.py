@@ -1,4 +1,4 @@
-"""The schedule of the Triton kernels: whatever way chunks are launched, the numbers are those of the definition."""
+"""The walk by Triton kernels: whatever way chunks are launched, the numbers are those of the definition."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from threading import Barrier, Lock, Thread
 
 import pytest
 import torch
-from conftest import FAST_IMPLS
+from conftest import FAST_IMPLS, query_bytes
 
 if "triton" not in FAST_IMPLS:
     pytest.skip("Triton cannot be used here", allow_module_level=True)
 
 from vitup_fast.kernels.triton import common
 
-import vitup_fast.network.model
+import vitup_fast
 from vitup_fast import InputError, ViTUpConfig
 from vitup_fast.testing import assert_within_budget, random_coords, random_image, random_network
 from vitup_fast.walks import gpu
-from vitup_fast.walks.gpu import SCHEDULERS, Workspace
+from vitup_fast.walks.gpu import Workspace
+from vitup_fast.walks.plan import CHUNK_QUERIES
 
 CONFIG = ViTUpConfig(dim=64, num_heads=2, layer_indices=(0, 1, 2))
 TOKENS, PATCHES, COUNT = (3, 4), (6, 7), 23
@@ -46,6 +47,12 @@ def coords():
     return random_coords(torch.Generator().manual_seed(3), 2, COUNT).double()
 
 
+@pytest.fixture(autouse=True)
+def forgetful(network):
+    """Each test makes walks of its own."""
+    network._walks.clear()
+
+
 @pytest.fixture
 def recorded(monkeypatch):
     """Graphs as on a GPU, except that replaying one runs its launches again; counts recordings and replays."""
@@ -61,11 +68,8 @@ def recorded(monkeypatch):
         return replay
 
     monkeypatch.setattr(gpu, "record", record)
-    monkeypatch.setattr(
-        vitup_fast.network.model, "wants_graph", lambda device, depths, last: set(depths) <= {0, last}
-    )
-    yield counts
-    SCHEDULERS.clear()
+    monkeypatch.setattr(gpu, "wants_graph", lambda device, depths, last: set(depths) <= {0, last})
+    return counts
 
 
 def close(actual, expected):
@@ -206,17 +210,17 @@ def test_threads_have_graphs_of_their_own(network, cache, coords, recorded):
 
 def test_graphs_share_a_budget(network, cache, coords, recorded, monkeypatch):
     one = Workspace(2 * COUNT, 64, torch.float64, coords.device).nbytes
-    monkeypatch.setattr(gpu, "SESSION_BYTES", 2 * one)
+    monkeypatch.setattr(gpu, "GRAPH_BYTES", 2 * one)
     with torch.no_grad():
         for count in (COUNT, COUNT - 1, COUNT - 2, COUNT - 3):
             network(cache, coords[:, :count], impl="triton")
-    sessions = SCHEDULERS[network]["triton", (), torch.float64]._sessions
-    assert 1 <= len(sessions) <= 2
-    assert sum(s.nbytes for s in sessions.values()) <= 2 * one
+    (walk,) = (known.walk for known in network._walks.values())
+    assert 1 <= len(walk._graphed) <= 2
+    assert sum(graphed.nbytes for graphed in walk._graphed.values()) <= 2 * one
 
 
 def test_a_memory_budget_keeps_nothing(network, cache, coords, recorded):
-    per_query = network._query_bytes("triton", False, None)
+    per_query = query_bytes(network, "triton")
     with torch.no_grad():
         actual = network(cache, coords, impl="triton", max_memory=10 * per_query)
     close(actual, network(cache, coords, impl="reference").detach())
@@ -301,7 +305,7 @@ def test_labels_need_a_head(network, cache, coords):
 
 def test_memory_of_a_pass_stays_within_the_goal():
     """128 MB beyond output, weights and cache, also for the larger model with graphs: counted, not allocated."""
-    config, rows = ViTUpConfig.preset("dinov3_base"), vitup_fast.network.model.CHUNK_QUERIES["cuda"]
+    config, rows = ViTUpConfig.preset("dinov3_base"), CHUNK_QUERIES["cuda"]
     workspace = Workspace(rows, config.dim, torch.bfloat16, torch.device("meta"))
     blocks, tokens = config.num_layers - 1, 28 * 28
     copies = blocks * (3 * tokens * config.dim * 2 + 256 * 2 * config.dim * 4) + rows * (8 + 16)
