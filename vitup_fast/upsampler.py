@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,9 @@ from .network.checkpoint import (
     split_published,
 )
 from .network.config import ViTUpConfig
-from .network.model import ImageCache, ViTUp, check_size
+from .network.image_cache import ImageCache
+from .network.model import ViTUp, check_size
+from .network.weights import Snapshot, ordinary_tensors, parameters_and_buffers, recordable
 from .ops.checks import COORDINATE_DTYPES, check_coords
 
 if TYPE_CHECKING:
@@ -51,6 +55,20 @@ ALIASES = {
 
 class WeightsUnavailableError(InputError):
     """Published weights could not be fetched; the message says why and what to pass instead."""
+
+
+class _CurrentImages(NamedTuple):
+    """Images, and what was computed of them by which weights."""
+
+    pixels: Tensor  # [B, 3, H, W] normalised, not resized
+    cache: ImageCache | None = None
+    source: Snapshot | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.pixels.shape[2], self.pixels.shape[3]
 
 
 class Upsampler(nn.Module):
@@ -105,8 +123,19 @@ class Upsampler(nn.Module):
         self.query_chunk_size = query_chunk_size
         self.max_memory = max_memory
         self._names = {"model_name": model_name, "weights": weights}
-        self._cache: ImageCache | None = None
-        self._image_size: tuple[int, int] | None = None
+        self._current: _CurrentImages | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave images out: files and other processes get the model alone."""
+        return {**self.__dict__, "_current": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Upsampler:
+        """Copy the model; a copy computes the images anew, by its own weights, when it is asked."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        if self._current is not None:
+            copied._current = _CurrentImages(self._current.pixels.detach())
+        return copied
 
     @property
     def device(self) -> torch.device:
@@ -136,6 +165,8 @@ class Upsampler(nn.Module):
     def set_images(self, images: Tensor | Image) -> None:
         """Run the backbone on images and keep what queries need of them, replacing earlier images.
 
+        When weights change afterwards as PyTorch counts it, the images are computed anew in the next call.
+
         Args:
             images: ``[3, H, W]`` or ``[B, 3, H, W]``, already normalised; or one PIL image, which is normalised
                 here. Any size and proportion.
@@ -143,24 +174,11 @@ class Upsampler(nn.Module):
         Raises:
             InputError: not an image.
         """
-        self._cache = None
-        if not isinstance(images, Tensor):
-            if not hasattr(images, "convert"):
-                raise expected("images", "a tensor or a PIL image", type(images).__name__)
-            images = normalise(images)
-        if images.dim() == 3:
-            images = images.unsqueeze(0)
-        if images.dim() != 4:
-            raise expected("images", "shape (3, H, W) or (B, 3, H, W)", tuple(images.shape))
-        images = images.to(self.device)  # [B, 3, H, W]
-        hidden_states = self.backbone.hidden_states(images, self.hidden_size)
-        patch_grid = self.backbone.patch_grid(images, self.patch_grid_size)
-        self._cache = self.vit_up.prepare(hidden_states, patch_grid)
-        self._image_size = (images.shape[2], images.shape[3])
+        self._set_images(images)
 
     def get_cache_data(self) -> ImageCache | None:
         """Return the cache of the images set last, or None."""
-        return self._cache
+        return None if self._current is None else self._known_images().cache
 
     def forward(
         self,
@@ -192,7 +210,7 @@ class Upsampler(nn.Module):
         if query_coords is None:
             raise expected("query_coords", "a tensor of shape (B, N, 2)", None)
         check_coords(query_coords)
-        cache = self._images(images)
+        cache = self._images(images).cache
         options = self._budget(query_chunk_size)
         coords = query_coords.to(self.device)
         outputs = {"return_all_layers": return_all_layers, "head": head, "labels": labels}
@@ -226,10 +244,10 @@ class Upsampler(nn.Module):
         Raises:
             InputError: an argument that does not fit, or no images yet.
         """
-        cache = self._images(images)
-        size = self._image_size if size is None else size
+        current = self._images(images)
+        size = current.size if size is None else size
         return self.vit_up.dense(
-            cache,
+            current.cache,
             size,
             return_all_layers=return_all_layers,
             head=head,
@@ -265,32 +283,65 @@ class Upsampler(nn.Module):
         Raises:
             InputError: an argument that does not fit, or no images yet.
         """
-        cache = self._images(images)
+        current = self._images(images)
         if isinstance(pixels, Tensor) and pixels.dim() == 2:
-            pixels = pixels.expand(cache.batch_size, -1, -1)
+            pixels = pixels.expand(len(current.pixels), -1, -1)
         if not isinstance(pixels, Tensor) or pixels.dim() != 3 or pixels.shape[-1] != 2:
             got = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
             raise expected("pixels", "a tensor of shape (B, N, 2) or (N, 2)", got)
         if pixels.dtype not in COORDINATE_DTYPES:
             raise expected("pixels", "dtype float32 or float64", pixels.dtype)
-        height, width = self._image_size
-        coords = pixels / pixels.new_tensor((width, height))
-        return self(
-            None,
-            coords,
-            query_chunk_size=query_chunk_size,
-            return_all_layers=return_all_layers,
-            head=head,
-            labels=labels,
-        )
+        height, width = current.size
+        coords = (pixels / pixels.new_tensor((width, height))).to(self.device)
+        outputs = {"return_all_layers": return_all_layers, "head": head, "labels": labels}
+        return self.vit_up(current.cache, coords, **outputs, **self._budget(query_chunk_size))
 
-    def _images(self, images: Tensor | Image | None) -> ImageCache:
-        """Set new images if there are any, and return the cache."""
+    def _images(self, images: Tensor | Image | None) -> _CurrentImages:
+        """Compute new images if there are any, else return those set last.
+
+        A call works on what this returns, whatever other threads set meanwhile.
+        """
         if images is not None:
-            self.set_images(images)
-        if self._cache is None:
+            return self._set_images(images)
+        if self._current is None:
             raise expected("images", "images, or a call of set_images before", None)
-        return self._cache
+        return self._known_images()
+
+    def _set_images(self, images: Tensor | Image) -> _CurrentImages:
+        """Check images, compute and remember them."""
+        if not isinstance(images, Tensor):
+            if not hasattr(images, "convert"):
+                raise expected("images", "a tensor or a PIL image", type(images).__name__)
+            images = normalise(images)
+        if images.dim() == 3:
+            images = images.unsqueeze(0)
+        if images.dim() != 4:
+            raise expected("images", "shape (3, H, W) or (B, 3, H, W)", tuple(images.shape))
+        return self._compute(images.to(self.device))
+
+    def _known_images(self) -> _CurrentImages:
+        """The images set last, computed anew if weights or the compute type have changed since."""
+        current = self._current
+        if torch.compiler.is_compiling() and current.cache is not None:
+            return current
+        unchanged = current.source is not None and current.source.holds(parameters_and_buffers(self))
+        if unchanged and current.dtype == self.vit_up.compute_dtype:
+            return current
+        return self._compute(current.pixels.to(self.device))
+
+    def _compute(self, pixels: Tensor) -> _CurrentImages:  # [B, 3, H, W]
+        """Run the backbone and prepare the network."""
+        compiling = torch.compiler.is_compiling()
+        with nullcontext() if compiling else ordinary_tensors():
+            pixels = pixels if compiling else recordable(pixels)
+            hidden_states = self.backbone.hidden_states(pixels, self.hidden_size)
+            patch_grid = self.backbone.patch_grid(pixels, self.patch_grid_size)
+            cache = self.vit_up.prepare(hidden_states, patch_grid)
+            source = None if compiling else Snapshot(parameters_and_buffers(self))
+        current = _CurrentImages(pixels, cache, source, self.vit_up.compute_dtype)
+        if not compiling:
+            self._current = current
+        return current
 
     def _budget(self, query_chunk_size: int | None) -> dict[str, int | None]:
         """Chunk size or memory budget of one pass."""

@@ -86,6 +86,13 @@ class ViTUp(nn.Module):
         """Device of the parameters."""
         return self.decoder_mlp[0].mlp[1].weight.device
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the parameters, or that of autocast where it is on."""
+        kind = self.device.type
+        autocast = torch.is_autocast_enabled(kind) and self.dtype != torch.float64
+        return torch.get_autocast_dtype(kind) if autocast else self.dtype
+
     def prepare(
         self, hidden_states: Sequence[Tensor], patch_grid: Tensor, *, impl: str = "auto"
     ) -> ImageCache:
@@ -127,7 +134,7 @@ class ViTUp(nn.Module):
         grid = patch_grid.to(self.device, self.dtype).contiguous()
         inputs = (grid, *hidden_states)
         implementation = resolve(impl, grid, {"the width D": D}, self.config.head_dim)
-        in_place = self._computes_in_place(weights, inputs) and self._compute_dtype() == self.dtype
+        in_place = self._computes_in_place(weights, inputs) and self.compute_dtype == self.dtype
         settings = self._settings(impl, implementation, in_place)
         self._forget_changed_walks(weights)
         walk = self._walk(choose_walk(settings), settings, weights)
@@ -356,13 +363,7 @@ class ViTUp(nn.Module):
 
     def _settings(self, impl: str, implementation: str, in_place: bool) -> Settings:
         """What a walk of this network is made for."""
-        return Settings(impl, implementation, self.config.num_heads, self._compute_dtype(), in_place)
-
-    def _compute_dtype(self) -> torch.dtype:
-        """Dtype of the parameters, or that of autocast where it is on."""
-        kind = self.device.type
-        autocast = torch.is_autocast_enabled(kind) and self.dtype != torch.float64
-        return torch.get_autocast_dtype(kind) if autocast else self.dtype
+        return Settings(impl, implementation, self.config.num_heads, self.compute_dtype, in_place)
 
     def _output_width(self, options: _Options) -> int:
         """Numbers decoded of one query."""

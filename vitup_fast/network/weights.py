@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -198,6 +199,35 @@ def _wrapped(module: nn.Module) -> bool:
     """Whether calling a module would run more than the forward of its class."""
     attributes = module.__dict__
     return "forward" in attributes or any(attributes[hooks] for hooks in HOOKS)
+
+
+def parameters_and_buffers(root: nn.Module) -> list[Tensor]:
+    """All parameters and buffers below a module, in a fraction of the time that its own iterators take."""
+    found: list[Tensor] = []
+    modules = [root]
+    while modules:
+        module = modules.pop()
+        found += [t for t in module._parameters.values() if t is not None]
+        found += [t for t in module._buffers.values() if t is not None]
+        modules += [m for m in module._modules.values() if m is not None]
+    return found
+
+
+def recordable(t: Tensor) -> Tensor:
+    """The tensor itself, or a copy of an inference tensor, which autograd could not save."""
+    if torch.compiler.is_compiling() or not t.is_inference() or torch.is_inference_mode_enabled():
+        return t
+    return t.clone()
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """In inference mode, compute without gradients but make tensors that outlive the mode."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
 
 
 class Snapshot:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..network.image_cache import ImageCache
-from ..network.weights import NetworkWeights
+from ..network.weights import NetworkWeights, recordable
 from ..ops import (
     bilinear_sample,
     film_mlp,
@@ -92,13 +92,6 @@ class OperatorsWalk(Walk):
             return out
 
         return step
-
-
-def recordable(t: Tensor) -> Tensor:
-    """The tensor itself, or its copy where it is an inference tensor and its values may be saved for gradients."""
-    if torch.compiler.is_compiling() or not t.is_inference() or torch.is_inference_mode_enabled():
-        return t
-    return t.clone()
 
 
 def _packed(t: Tensor, dtype: torch.dtype) -> Tensor:
