@@ -270,4 +270,23 @@ void bind_cpu(py::module_ m) {
   m.def("film_mlp_backward_scratch_bytes", [](int64_t width, int64_t tile_rows) {
     return kernels().film_mlp_backward_scratch_bytes(width, tile_rows);
   });
+  m.def(
+      "fingerprint",
+      [](const std::vector<Address>& addresses, const std::vector<int64_t>& sizes, int64_t stride, int64_t threads) {
+        if (addresses.size() != sizes.size()) throw std::invalid_argument("sizes_in_bytes: expected one for each address");
+        if (stride != 0 && (stride < 64 || stride > INT64_C(1) << 32))
+          throw std::invalid_argument("stride: expected 0 or 64 to 2**32 bytes");
+        std::vector<Region> regions;
+        for (size_t i = 0; i < sizes.size(); ++i) {
+          if (sizes[i] < 0) throw std::invalid_argument("sizes_in_bytes: expected no negative number");
+          regions.push_back({pointer<const void>(addresses[i]), sizes[i]});
+        }
+        std::vector<int64_t> first_block(regions.size());
+        const Parallel parallel{threads, run_parallel};
+        return kernels().fingerprint({parallel, regions.data(), first_block.data(), int64_t(regions.size()), stride});
+      },
+      py::arg("addresses"), py::arg("sizes_in_bytes"), py::arg("stride") = 0, py::kw_only(), py::arg("threads"), release,
+      "A 64-bit checksum over the bytes of regions of memory, which depends on every bit, its place, and the regions' sizes "
+      "and order, not on the number of threads nor the instruction set. With a stride of 64 bytes or more it reads the first "
+      "64 bytes of every `stride` bytes of each region, from the region's start on, and the sizes alone of the rest.");
 }

@@ -28,6 +28,9 @@ inline void for_each(const Parallel& parallel, int64_t tasks, const Body& body) 
       [](void* context, int64_t task, int64_t thread) { (*(const Body*)context)(task, thread); }, (void*)&body);
 }
 
+// Needs vectors and threads.
+#include "fingerprint.h"
+
 #include "coordinates.h"
 // Needs coordinates.
 #include "bilinear_sample.h"
@@ -240,6 +243,7 @@ const Kernels VITUP_TABLE(VITUP_ISA) = {
     film_mlp_of,
     film_mlp_backward_of,
     film_mlp_backward_scratch_of,
+    fingerprint,
 };
 
 }  // namespace vitup_fast::cpu

@@ -221,6 +221,19 @@ struct ProjectImage {
   int64_t B, D, heads, token_h, token_w;
 };
 
+struct Region {
+  const void* start;
+  int64_t bytes;
+};
+
+// A checksum over the bytes of regions of memory; with a stride, over the first 64 bytes of every `stride` bytes alone.
+struct Fingerprint {
+  Parallel parallel;
+  const Region* regions;  // [count]
+  int64_t* first_block;   // [count], to work in
+  int64_t count, stride;  // stride: bytes, at least 64, or 0
+};
+
 struct Kernels {
   int64_t (*packed_words)(Dtype dtype, Precision precision, int64_t n, int64_t k);
   void (*pack)(const Pack& a);
@@ -242,6 +255,7 @@ struct Kernels {
   void (*film_mlp)(const Common& common, const FilmMlp& a);
   void (*film_mlp_backward)(const Common& common, const FilmMlpBackward& a);
   int64_t (*film_mlp_backward_scratch_bytes)(int64_t width, int64_t tile_rows);
+  uint64_t (*fingerprint)(const Fingerprint& a);
 };
 
 }  // namespace vitup_fast::cpu
