@@ -276,7 +276,7 @@ void bind_cpu(py::module_ m) {
         if (addresses.size() != sizes.size()) throw std::invalid_argument("sizes_in_bytes: expected one for each address");
         if (stride != 0 && (stride < 64 || stride > INT64_C(1) << 32))
           throw std::invalid_argument("stride: expected 0 or 64 to 2**32 bytes");
-        std::vector<Region> regions;
+        std::vector<MemoryRegion> regions;
         for (size_t i = 0; i < sizes.size(); ++i) {
           if (sizes[i] < 0) throw std::invalid_argument("sizes_in_bytes: expected no negative number");
           regions.push_back({pointer<const void>(addresses[i]), sizes[i]});

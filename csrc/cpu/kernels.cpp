@@ -18,20 +18,10 @@ namespace {
 #include "matmul.h"
 // Needs products.
 #include "tile.h"
-// Needs tiles.
-#include "packing.h"
-
-template <class Body>
-inline void for_each(const Parallel& parallel, int64_t tasks, const Body& body) {
-  parallel.run(
-      parallel.threads, tasks,
-      [](void* context, int64_t task, int64_t thread) { (*(const Body*)context)(task, thread); }, (void*)&body);
-}
-
-// Needs vectors and threads.
-#include "fingerprint.h"
-
+// Needs tiles and threads.
 #include "coordinates.h"
+#include "fingerprint.h"
+#include "packing.h"
 // Needs coordinates.
 #include "bilinear_sample.h"
 #include "film_mlp.h"

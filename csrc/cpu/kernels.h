@@ -221,7 +221,7 @@ struct ProjectImage {
   int64_t B, D, heads, token_h, token_w;
 };
 
-struct Region {
+struct MemoryRegion {
   const void* start;
   int64_t bytes;
 };
@@ -229,7 +229,7 @@ struct Region {
 // A checksum over the bytes of regions of memory; with a stride, over the first 64 bytes of every `stride` bytes alone.
 struct Fingerprint {
   Parallel parallel;
-  const Region* regions;  // [count]
+  const MemoryRegion* regions;  // [count]
   int64_t* first_block;   // [count], to work in
   int64_t count, stride;  // stride: bytes, at least 64, or 0
 };

@@ -123,17 +123,17 @@ inline void multiply_panel(const int32_t* a, int64_t a_stride, int64_t rows, con
     const int64_t step = smaller(block, count - done);
     const int32_t* panel = b + done * vectors * LANES;
     const bool adds = accumulate || done > 0;
-    const auto multiply = [&](auto count_of_vectors) {
+    const auto multiply_vectors = [&](auto count_of_vectors) {
       multiply_rows<Operand, count_of_vectors(), BY_WORDS>(a + (BY_WORDS ? done * a_stride : done), a_stride, rows, panel,
                                                            step, c, c_stride, adds);
     };
     switch (vectors) {
-      case 1: multiply(Constant<1>{}); break;
+      case 1: multiply_vectors(Constant<1>{}); break;
 #if defined(__AVX512F__)
-      case 2: multiply(Constant<2>{}); break;
-      case 3: multiply(Constant<3>{}); break;
+      case 2: multiply_vectors(Constant<2>{}); break;
+      case 3: multiply_vectors(Constant<3>{}); break;
 #endif
-      default: multiply(Constant<PANEL_VECTORS>{});
+      default: multiply_vectors(Constant<PANEL_VECTORS>{});
     }
   }
 }

@@ -1,7 +1,15 @@
-// A tile of rows on its way through LayerNorms and products, in one thread's scratch.
+// A tile of rows on its way through LayerNorms and products, in one thread's scratch; and tasks on all threads.
 
 constexpr int64_t HIDDEN_CHUNK = 256;  // columns of a hidden layer computed at once
 constexpr int64_t KEY_BLOCK = 1024;    // tokens attended to at once
+
+// Runs body(task, thread) for every task below `tasks`.
+template <class Body>
+inline void for_each(const Parallel& parallel, int64_t tasks, const Body& body) {
+  parallel.run(
+      parallel.threads, tasks,
+      [](void* context, int64_t task, int64_t thread) { (*(const Body*)context)(task, thread); }, (void*)&body);
+}
 
 // Rows per tile: the weights streaming past are read once for all of them, the tile itself stays in the L2 cache.
 inline int64_t tile_rows(int64_t width) { return width <= 512 ? 96 : 48; }

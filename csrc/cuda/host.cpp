@@ -7,14 +7,14 @@ namespace vitup::cuda {
 namespace {
 
 template <class Arguments>
-void run(const Arguments& arguments) {
+void run_on_host(const Arguments& arguments) {
   with_variant<true>(arguments, [&](auto number, auto shape) {
     for (std::int64_t row = 0; row < arguments.count; ++row)
       compute_row<decltype(number), decltype(shape)>(arguments, row);
   });
 }
 
-void run(const SegmentSum& arguments) {
+void run_on_host(const SegmentSum& arguments) {
   with_variant<true>(arguments, [&](auto number, auto shape) {
     using T = decltype(number);
     using Shape = decltype(shape);
@@ -36,5 +36,5 @@ void run(const SegmentSum& arguments) {
 void bind_host(pybind11::module_ m) {
   m.doc() = "The CUDA kernels' source compiled for the host, for tests; it takes float64 features as well.";
   vitup::cuda::bind_kernels(
-      m, [](const auto& arguments, int, std::uintptr_t) { vitup::cuda::run(arguments); });
+      m, [](const auto& arguments, int, std::uintptr_t) { vitup::cuda::run_on_host(arguments); });
 }
