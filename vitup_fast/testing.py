@@ -71,16 +71,20 @@ class _Random:
     def __init__(self, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str) -> None:
         self.generator, self.dtype, self.device = generator, dtype, device
 
+    def _drawn(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        return draw(shape, generator=self.generator, dtype=torch.float32, device="cpu")
+
     def normal(self, *shape: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
-        values = torch.randn(shape, generator=self.generator) * std + mean
+        values = self._drawn(torch.randn, shape) * std + mean
         return values.to(self.device, self.dtype)
 
     def integers(self, high: int, count: int) -> Tensor:
-        return torch.randint(high, (count,), generator=self.generator).to(self.device)
+        values = torch.randint(high, (count,), generator=self.generator, dtype=torch.int64, device="cpu")
+        return values.to(self.device)
 
     def coords(self, B: int, N: int) -> Tensor:
         """Coordinates ``[B, N, 2]`` over the image and a little beyond it, float32 or better."""
-        values = torch.rand(B, N, 2, generator=self.generator) * 1.1 - 0.05
+        values = self._drawn(torch.rand, (B, N, 2)) * 1.1 - 0.05
         return values.to(self.device, torch.promote_types(self.dtype, torch.float32))
 
     def norm(self, D: int) -> tuple[Tensor, Tensor]:
@@ -158,7 +162,7 @@ def film_mlp_inputs(
     """Draw arguments of :func:`film_mlp` without a table: x ``[B, N, D]``, tokens ``[B, h, w, D]``."""
     random = _Random(generator, dtype, device)
     B, N, D = sizes.B, sizes.N, sizes.D
-    freqs = torch.logspace(0.0, 1.0, POSITION_CODE_BANDS, device=device)
+    freqs = torch.logspace(0.0, 1.0, POSITION_CODE_BANDS, dtype=torch.float32, device=device)
     position = random.linear(D, 2 + 4 * POSITION_CODE_BANDS) + random.linear(2 * D, D)
     return {
         "x": random.normal(B, N, D),

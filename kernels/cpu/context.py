@@ -37,7 +37,7 @@ class Arena(threading.local):
     """
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.used = self.wanted = 0
 
     def begin(self) -> None:
@@ -67,7 +67,7 @@ arena = Arena()
 
 def aligned_bytes(size: int) -> Tensor:
     """Memory from the start of a cache line on."""
-    memory = torch.empty(size + 63, dtype=torch.uint8)
+    memory = torch.empty(size + 63, dtype=torch.uint8, device="cpu")
     start = -memory.data_ptr() % 64
     return memory[start : start + size]
 

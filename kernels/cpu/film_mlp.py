@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...extension import load
 from ...ops.coordinates import nearest_token
-from ...ops.film_mlp import PositionWeights, position_code_backward
+from ...ops.film_mlp import PositionWeights, check_indices, position_code_backward
 from ...ops.primitives import MLPWeights
 from .context import Context, Held, address, arena, coords_address, needed_grads
 from .residual_mlp import pack_mlp
@@ -104,12 +104,13 @@ def forward(
     bands = 0 if freqs is None else freqs.shape[0]
     context = Context(x.dtype, max(x.shape[-1], 2 + 4 * bands), int8=int8)
     mlp, out_norm = pack_mlp(context, MLPWeights(*weights[:6])), context.norm(*weights[6:])
-    out = torch.empty_like(x)
+    out = x.new_empty(x.shape)
     if table is None:
         coords, freqs = coords.contiguous(), freqs.float().contiguous()
         film = Film(pack_position(context, PositionWeights(*position)), mlp, out_norm)
         film_mlp_at(context, x, coords, tokens, film, freqs, out, kept)
     else:
+        check_indices(table, tokens, row, token)
         table, row, token = context.vector(table), row.contiguous(), token.contiguous()
         film = Film(None, mlp, out_norm)
         film_mlp_from_table(context, x, tokens, table, row, token, film, out, kept)
@@ -130,7 +131,7 @@ def backward(
     mlp, out_norm_weights = MLPWeights(*weights[:6]), weights[6:]
     D, E = mlp.weight2.shape
     if kept is None:
-        kept = torch.empty(kept_bytes(x, coords, tokens, *arguments), dtype=torch.uint8)
+        kept = x.new_empty(kept_bytes(x, coords, tokens, *arguments), dtype=torch.uint8)
         forward(False, x, coords, tokens, *arguments, kept=kept)
     tokens = tokens.contiguous()
     (B, N, _), (h, w) = x.shape, tokens.shape[1:3]
@@ -155,8 +156,8 @@ def backward(
     nearest, grad_nearest = rows(1, torch.int64), rows(D, torch.float32)
     norm_sums = arena.tensor((cpu.tiles(context.handle, N, B), 4, D), torch.float32)
     grad_norms = x.new_empty(4, D)
-    grad_x = torch.empty_like(x) if needs_grad[0] else None
-    grad_tokens = torch.empty_like(tokens) if needs_tokens else None
+    grad_x = x.new_empty(x.shape) if needs_grad[0] else None
+    grad_tokens = tokens.new_empty(tokens.shape) if needs_tokens else None
     token_sums = grad_tokens
     if needs_tokens and x.dtype != torch.float32:
         token_sums = arena.tensor(tokens.shape, torch.float32)
@@ -200,8 +201,8 @@ def backward(
     else:
         grads_position = (None,) * 4
     if needs_grad[15]:
-        grad_table = torch.zeros(table.shape).index_add_(0, row, grad_gamma_beta.float().sum(0))
-        grad_table = grad_table.to(table.dtype)
+        grad_table = table.new_zeros(table.shape, dtype=torch.float32)
+        grad_table = grad_table.index_add_(0, row, grad_gamma_beta.float().sum(0)).to(table.dtype)
     if needs_coords:
         _, relative = nearest_token(coords, (h, w))
         grad_code = grad_code[..., : weight1.shape[1]]

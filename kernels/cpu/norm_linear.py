@@ -34,7 +34,7 @@ def norm_linear_backward(
     context = Context(x.dtype, max(E, D))
     norm, transposed = context.norm(norm_weight, norm_bias), context.matrix(weight.mT, None)
     normed = arena.tensor(x.shape, x.dtype) if needs_grad[3] or needs_grad[4] else None
-    grad_x = torch.empty_like(x)
+    grad_x = x.new_empty(x.shape)
     norm_sums = arena.tensor((context.kernels.tiles(context.handle, rows, 1), 2, D), torch.float32)
     grad_norm = x.new_empty(2, D)
     context.kernels.norm_linear_backward(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .context import Context, Held
@@ -29,7 +28,7 @@ def project_image(
     """Keys (rotated) and values ``[B, Hh, h * w, d]``, and tokens ``[B, h, w, D]``, of contiguous hidden states."""
     B, h, w, D = hidden.shape
     key = hidden.new_empty(B, heads, h * w, D // heads)
-    value, tokens = torch.empty_like(key), torch.empty_like(hidden)
+    value, tokens = key.new_empty(key.shape), hidden.new_empty(hidden.shape)
     context.kernels.project_image(
         context.handle,
         hidden.data_ptr(),

@@ -59,7 +59,7 @@ def mlp_backward(
     normed = arena.tensor(x.shape, x.dtype) if needs_first else None
     hidden = arena.tensor(preactivation.shape, x.dtype) if needs_second else None
     grad_preactivation = arena.tensor(preactivation.shape, x.dtype)
-    grad_x = torch.empty_like(x)
+    grad_x = x.new_empty(x.shape)
     norm_sums = arena.tensor((context.kernels.tiles(context.handle, rows, 1), 2, D), torch.float32)
     grad_norm = x.new_empty(2, D)
     context.kernels.mlp_backward(
@@ -82,7 +82,7 @@ def forward(int8: bool, x: Tensor, *weights: Tensor, kept: Tensor | None = None)
     """Forward of the operator."""
     x = x.contiguous()
     context = Context(x.dtype, x.shape[-1], int8=int8)
-    mlp, out = pack_mlp(context, MLPWeights(*weights)), torch.empty_like(x)
+    mlp, out = pack_mlp(context, MLPWeights(*weights)), x.new_empty(x.shape)
     residual_mlp(context, x, mlp, out, kept)
     return out
 

@@ -95,7 +95,7 @@ def forward(int8: bool, x: Tensor, coords: Tensor, *others: Any, kept: Tensor | 
     x, coords, inv_freq = x.contiguous(), coords.contiguous(), inv_freq.float().contiguous()
     context = Context(x.dtype, x.shape[-1], int8=int8)
     packed_key, packed_value = pack_image(context, key, value)
-    folded, out = pack_attention(context, AttentionWeights(*weights)), torch.empty_like(x)
+    folded, out = pack_attention(context, AttentionWeights(*weights)), x.new_empty(x.shape)
     addresses = packed_key.data_ptr(), packed_value.data_ptr()
     heads, token_grid = key.shape[1], (token_h, token_w)
     for_backward = None if kept is None else kept_attention(kept, x, heads)
@@ -132,7 +132,7 @@ def backward(
         known = kept_attention(kept, x, heads)
 
     grad_attended = arena.tensor(x.shape, x.dtype)
-    transposed = context.matrix(weights.out_weight.mT, torch.zeros(D))
+    transposed = context.matrix(weights.out_weight.mT, x.new_zeros(D))
     norm_linear(context, grad, Held(context.kernels.Norm(0, 0, 0.0), ()), transposed, grad_attended)
 
     cpu = context.kernels
@@ -143,8 +143,8 @@ def backward(
     most = -(-N // cpu.attention_backward_queries())
     groups = max(1, min(most, -(-torch.get_num_threads() // max(1, B * heads))))
     grad_query = arena.tensor(x.shape, x.dtype)
-    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
-    grad_rotated = torch.empty(x.shape) if needs_grad[1] else None
+    grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
+    grad_rotated = x.new_empty(x.shape, dtype=torch.float32) if needs_grad[1] else None
     sums = arena.tensor((2, groups, B, heads, T, d), torch.float32)
     given = (grad_attended, known.rotated_query, key, value, known.log2_sum, known.attended)
     cpu.attention_backward(

@@ -192,7 +192,7 @@ def backward(grad: Tensor, grid: Tensor, coords: Tensor, needs_grad: list[bool])
     """Gradients for grid and coordinates, as far as they are needed."""
     (B, P, Q, D), N = grid.shape, coords.shape[1]
     grid, dtype, coords = grid.contiguous(), coords.dtype, positions(coords, grid)
-    grad_coords = torch.empty_like(coords)
+    grad_coords = coords.new_empty(coords.shape)
     cell = torch.empty(B * N, dtype=torch.int64, device=grid.device)
     blocks = row_blocks(grid, D)
     launch(
@@ -215,7 +215,7 @@ def backward(grad: Tensor, grid: Tensor, coords: Tensor, needs_grad: list[bool])
     grads = []
     if needs_grad[0]:
         order, offsets = segments(cell, B * P * Q)
-        grad_grid = torch.empty_like(grid)
+        grad_grid = grid.new_empty(grid.shape)
         launch(
             bilinear_sample_grid_backward_kernel,
             (B * P * Q, triton.cdiv(D, 128)),

@@ -490,7 +490,7 @@ def measure_moments(x: Tensor) -> Tensor:
 def normalize(x: Tensor) -> Tensor:
     """Rows of ``x`` with zero mean and unit variance; ``[M, D] -> [M, D]``."""
     M, D = x.shape
-    normed = torch.empty_like(x)
+    normed = x.new_empty(x.shape)
     blocks = row_blocks(x, D)
     grid = (triton.cdiv(M, blocks["BLOCK_M"]),)
     launch(normalize_kernel, grid, x, normed, normed, M, D=D, STORE_NORMED=True, role="rows", **blocks)
@@ -507,7 +507,7 @@ def layer_norm_backward(
     M, D = x.shape
     blocks = row_blocks(x, D)
     programs = triton.cdiv(M, blocks["BLOCK_M"])
-    grad_x = torch.empty_like(x)
+    grad_x = x.new_empty(x.shape)
     partial = (
         torch.empty(programs, 2, D, dtype=wide(x.dtype), device=x.device) if weight is not None else None
     )
@@ -535,7 +535,7 @@ def layer_norm_backward(
 def segments(index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Order that sorts row numbers by segment, and where each segment begins; ``[M] -> [M], [count + 1]``."""
     values, order = torch.sort(index, stable=True)
-    bounds = torch.arange(count + 1, device=index.device)
+    bounds = torch.arange(count + 1, dtype=torch.int64, device=index.device)
     return order, torch.searchsorted(values, bounds)
 
 

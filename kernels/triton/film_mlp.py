@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...ops.film_mlp import check_indices
 from .common import (
     launch,
     layer_norm_backward,
@@ -365,6 +366,9 @@ def forward(
     position, mlp = weights_and_table[:4], weights_and_table[4:10]
     out_norm = tuple(t.contiguous() for t in weights_and_table[10:12])
     x, tokens = x.contiguous(), tokens.contiguous()
+    table, _, row, token = weights_and_table[12:]
+    if table is not None:
+        check_indices(table, tokens, row, token)
     source, _ = film_source(coords, tokens, position, *weights_and_table[12:])
     return film_mlp(x, tokens, source, fold_mlp(*mlp), out_norm)[0].view_as(x)
 
@@ -464,7 +468,7 @@ def _position_backward(
     )
     grad_coords = None
     if needs_coords:
-        grad_coords = torch.empty_like(coords)
+        grad_coords = coords.new_empty(coords.shape)
         blocks = row_blocks(code, width)
         launch(
             position_code_backward_kernel,

@@ -568,7 +568,7 @@ def mlp_backward(
     """Gradients of ``W2 gelu(W1 x + b1)``, recomputing the hidden layer; K, E and N are multiples of 64."""
     (M, K), (N, E) = x.shape, weight2.shape
     hidden = torch.empty(M, E, dtype=x.dtype, device=x.device)
-    grad_hidden = torch.empty_like(hidden)
+    grad_hidden = hidden.new_empty(hidden.shape)
     blocks = settings_for("hidden_backward", x, K)
     blocks |= {
         "BLOCK_N": dividing_block(E, blocks["BLOCK_N"]),

@@ -417,7 +417,7 @@ def attend(
     (B, N, D), (_, heads, T, d) = x.shape, key.shape
     blocks = _blocks("attention", x, d)
     attended = torch.empty(B, N, D, dtype=x.dtype, device=x.device) if out is None else out
-    query = torch.empty_like(attended) if train else None
+    query = attended.new_empty(attended.shape) if train else None
     log_sum = torch.empty(B, N, heads, dtype=wide(x.dtype), device=x.device) if train else None
     blocks["BLOCK_K"] = dividing_block(D, blocks["BLOCK_K"])
     launch(
@@ -512,8 +512,8 @@ def backward(
     grad_attended = matmul(grad_rows, out_weight)  # [M, D]
 
     acc = wide(x.dtype)
-    grad_query = torch.empty_like(x)
-    inner = torch.empty_like(log_sum)
+    grad_query = x.new_empty(x.shape)
+    inner = log_sum.new_empty(log_sum.shape)
     grad_position = torch.empty(B, N, heads, 2, dtype=acc, device=x.device)
     blocks = _blocks("attention_query_backward", x, d)
     launch(

@@ -28,7 +28,7 @@ def bilinear_sample_reference(grid: Tensor, coords: Tensor) -> Tensor:
     fx, fy = (x - x0).unsqueeze(-1), (y - y0).unsqueeze(-1)  # [B, N, 1]
     left, top = x0.long(), y0.long()
     right, bottom = (left + 1).clamp(max=Q - 1), (top + 1).clamp(max=P - 1)
-    image = torch.arange(B, device=grid.device).unsqueeze(-1)  # [B, 1]
+    image = torch.arange(B, dtype=torch.int64, device=grid.device).unsqueeze(-1)  # [B, 1]
     sampled = (1 - fy) * ((1 - fx) * grid[image, top, left] + fx * grid[image, top, right]) + fy * (
         (1 - fx) * grid[image, bottom, left] + fx * grid[image, bottom, right]
     )
@@ -38,7 +38,7 @@ def bilinear_sample_reference(grid: Tensor, coords: Tensor) -> Tensor:
 def _corners(grid: Tensor, coords: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Flat indices of the four corners [4, B * N], weights of right and bottom, and which axes move."""
     B, P, Q, _ = grid.shape
-    size = torch.tensor((Q, P), device=coords.device)
+    size = torch.tensor((Q, P), dtype=torch.int64, device=coords.device)
     position = coords.to(position_dtype(coords, grid)) * size - 0.5  # [B, N, 2]
     inside = (position >= 0) & (position <= size - 1)
     position = torch.minimum(position.clamp_min(0), (size - 1).to(position.dtype))
@@ -48,7 +48,7 @@ def _corners(grid: Tensor, coords: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
         first.long().unbind(-1),
         torch.minimum(first.long() + 1, size - 1).unbind(-1),
     )
-    image = torch.arange(B, device=grid.device).unsqueeze(-1) * (P * Q)  # [B, 1]
+    image = torch.arange(B, dtype=torch.int64, device=grid.device).unsqueeze(-1) * (P * Q)  # [B, 1]
     indices = torch.stack(
         (
             image + top * Q + left,
@@ -141,7 +141,9 @@ def bilinear_sample(
     checks.check_coords(coords, batch=grid.shape[0])
     checks.check_device("coords", coords, grid)
     (grid,) = autocast(grid)
-    impl = resolve(impl, grid, {"the width D": grid.shape[-1]}, operation="bilinear_sample")
+    impl = resolve(
+        impl, grid, {"the width D": grid.shape[-1]}, operation="bilinear_sample", tensors=(coords,)
+    )
     if impl == "reference":
         return run_reference(bilinear_sample_reference, grid, coords)
     return _operator(grid, coords, impl=impl)

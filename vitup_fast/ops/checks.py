@@ -123,25 +123,31 @@ def is_dual(tensor: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def check_tensor(name: str, tensor: Tensor, shape: str | Sequence[int]) -> None:
+    """Check that an argument is a tensor, and a dense one."""
+    if not isinstance(tensor, Tensor):
+        shape = shape if isinstance(shape, str) else tuple(shape)
+        raise expected(name, f"a tensor of shape {shape}", type(tensor).__name__)
+    check_plain(name, tensor)
+
+
 def check_features(name: str, x: Tensor, shape: str, width: int | None = None) -> None:
     """Check a feature tensor: ``shape`` such as ``"(B, N, D)"`` gives its rank, ``width`` its last size."""
     rank = shape.count(",") + 1
-    if not isinstance(x, Tensor):
-        raise expected(name, f"a tensor of shape {shape}", type(x).__name__)
-    check_plain(name, x)
+    check_tensor(name, x, shape)
     if x.dim() != rank:
         raise expected(name, f"shape {shape}", tuple(x.shape))
     if x.dtype not in FEATURE_DTYPES:
         raise expected(name, "a floating dtype", x.dtype)
     if width is not None and x.shape[-1] != width:
         raise expected(name, f"shape {shape} with last size {width}", tuple(x.shape))
+    if x.shape[-1] == 0:
+        raise expected(name, "a width of at least 1", tuple(x.shape))
 
 
 def check_coords(coords: Tensor, batch: int | None = None, count: int | None = None) -> None:
     """Check coordinates: ``(B, N, 2)``, float32 or float64, with the given B and N where known."""
-    if not isinstance(coords, Tensor):
-        raise expected("coords", "a tensor of shape (B, N, 2)", type(coords).__name__)
-    check_plain("coords", coords)
+    check_tensor("coords", coords, "(B, N, 2)")
     if coords.dim() != 3 or coords.shape[-1] != 2:
         raise expected("coords", "shape (B, N, 2) holding (x, y) in [0, 1]", tuple(coords.shape))
     if coords.dtype not in COORDINATE_DTYPES:
@@ -159,9 +165,7 @@ def check_coords(coords: Tensor, batch: int | None = None, count: int | None = N
 
 def check_weight(name: str, weight: Tensor, shape: Sequence[int], like: Tensor) -> None:
     """Check a parameter's shape, and that dtype and device are those of the features it meets."""
-    if not isinstance(weight, Tensor):
-        raise expected(name, f"a tensor of shape {tuple(shape)}", type(weight).__name__)
-    check_plain(name, weight)
+    check_tensor(name, weight, shape)
     if tuple(weight.shape) != tuple(shape):
         raise expected(name, f"shape {tuple(shape)}", tuple(weight.shape))
     check_alike(name, weight, like)
@@ -178,3 +182,27 @@ def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
     """Check that a tensor lies on the device of the features it meets."""
     if tensor.device != like.device:
         raise expected(name, f"device {like.device} like the features", tensor.device)
+
+
+def check_frequencies(name: str, frequencies: Tensor, like: Tensor, count: int | None = None) -> Tensor:
+    """Check frequencies, ``count`` of them where known, and return them as float32: as that they are taken."""
+    check_tensor(name, frequencies, "(F,)")
+    if frequencies.dim() != 1 or frequencies.shape[0] == 0:
+        raise expected(name, "shape (F,) with at least one frequency", tuple(frequencies.shape))
+    if frequencies.dtype not in FEATURE_DTYPES:
+        raise expected(name, "a floating dtype", frequencies.dtype)
+    if count is not None and frequencies.shape[0] != count:
+        raise expected(name, f"{count} frequencies", tuple(frequencies.shape))
+    check_device(name, frequencies, like)
+    return frequencies.to(torch.float32)
+
+
+def check_token_grid(token_grid: Sequence[int]) -> tuple[int, int]:
+    """Check rows and columns of the tokens, and return them as integers."""
+    try:
+        h, w = (n if isinstance(n, torch.SymInt) else operator.index(n) for n in token_grid)
+    except (TypeError, ValueError):
+        raise expected("token_grid", "two integers (h, w)", repr(token_grid)) from None
+    if h < 1 or w < 1:
+        raise expected("token_grid", "at least one row and one column", (h, w))
+    return h, w

@@ -82,6 +82,24 @@ def film_mlp_reference(
     return x + F.layer_norm(local, (D,), weights.out_norm_weight, weights.out_norm_bias, LAYER_NORM_EPS)
 
 
+def check_indices(table: Tensor, tokens: Tensor, row: Tensor, token: Tensor) -> None:
+    """Check the indices of a table before a kernel follows them: on a GPU by an assertion there, so that nothing waits.
+
+    Raises:
+        InputError: an index of a CPU tensor is out of range.
+    """
+    for name, index, count in (
+        ("row", row, table.shape[0]),
+        ("token", token, tokens.shape[1] * tokens.shape[2]),
+    ):
+        if index.device.type != "cpu":
+            index.new_empty(count).index_select(0, index)
+        elif index.numel():
+            low, high = (bound.item() for bound in index.aminmax())
+            if low < 0 or high >= count:
+                raise checks.expected(f"table.{name}", f"indices from 0 to {count - 1}", f"{low} to {high}")
+
+
 class _Modulation(NamedTuple):
     """The modulated token and what its gradient needs."""
 
@@ -112,7 +130,7 @@ def _modulate(
         nearest = flat.index_select(1, token)  # [B, N, D]
     else:
         token, relative = nearest_token(coords.to(position_dtype(coords, x)), (h, w))
-        image = torch.arange(B, device=x.device).unsqueeze(-1) * (h * w)  # [B, 1]
+        image = torch.arange(B, dtype=torch.int64, device=x.device).unsqueeze(-1) * (h * w)  # [B, 1]
         nearest = flat.flatten(0, 1).index_select(0, (image + token).flatten()).view(x.shape)
         code = position_code(relative, freqs).to(x.dtype)  # [B, N, 2 + 4 F]
         hidden = linear(code, position[0], position[1], gelu=True)  # [B, N, D]
@@ -145,6 +163,8 @@ def _forward(
     row: Tensor | None,
     token: Tensor | None,
 ) -> Tensor:
+    if table is not None:
+        check_indices(table, tokens, row, token)
     position = (position_weight1, position_bias1, position_weight2, position_bias2)
     modulated = _modulate(x, coords, tokens, position, table, freqs, row, token).modulated
     local = mlp(modulated, MLPWeights(norm_weight, norm_bias, weight1, bias1, weight2, bias2))
@@ -191,7 +211,7 @@ def _backward(
     if needs_tokens:
         B, h, w, D = tokens.shape
         wide = torch.promote_types(x.dtype, torch.float32)
-        image = torch.arange(B, device=x.device).unsqueeze(-1) * (h * w)  # [B, 1]
+        image = torch.arange(B, dtype=torch.int64, device=x.device).unsqueeze(-1) * (h * w)  # [B, 1]
         grad_nearest = grad_modulated.to(wide) * (1 + m.gamma_beta[..., :D].to(wide))  # [B, N, D]
         total = torch.zeros(B * h * w, D, dtype=wide, device=x.device)
         total.index_add_(0, (image + m.token).flatten(), grad_nearest.flatten(0, 1))
@@ -261,11 +281,12 @@ def film_mlp(
         x: query states, any floating dtype.
         coords: (x, y) in [0, 1], float32 or float64; position codes are computed in float32 or better.
         tokens: hidden states after LNin.
-        freqs: frequencies of the position code (float32), a constant: no gradient flows to it.
+        freqs: frequencies of the position code, taken as float32 numbers; a constant: no gradient flows to it.
         position: MLP from position code to ``[gamma, beta]``, in the dtype of ``x``.
         weights: MLP and output LayerNorm, in the dtype of ``x``.
         table: for queries on a regular grid, the same for every image; then ``coords`` and ``position`` are not
-            read, and gradients for them flow through ``table.gamma_beta``. Not used by ``"reference"``.
+            read, and gradients for them flow through ``table.gamma_beta``. Not used by ``"reference"``. An index out
+            of range is an error, on a GPU the device-side assertion that PyTorch's own indexing makes.
         impl: ``"auto"`` or a name of :func:`vitup_fast.ops.implementations`.
 
     Returns:
@@ -285,7 +306,7 @@ def film_mlp(
     checks.check_weight("tokens", tokens, (B, *tokens.shape[1:3], D), x)
     if 0 in tokens.shape[1:3]:
         raise checks.expected("tokens", "at least one token", tuple(tokens.shape))
-    checks.check_device("freqs", freqs, x)
+    freqs = checks.check_frequencies("freqs", freqs, x)
     code = 2 + 4 * freqs.shape[0]
     for field, weight, shape in zip(
         PositionWeights._fields, position, ((D, code), (D,), (2 * D, D), (2 * D,)), strict=True
@@ -295,7 +316,8 @@ def film_mlp(
     for field, weight in zip(FilmWeights._fields[1:], out_norm, strict=True):
         checks.check_weight(f"weights.{field}", weight, (D,), x)
     widths = {"the width D": D, "the hidden width": mlp_weights.weight1.shape[0]}
-    impl = resolve(impl, x, widths, operation="film_mlp")
+    tensors = (coords, tokens, *position, *mlp_weights, *out_norm)
+    impl = resolve(impl, x, widths, operation="film_mlp", tensors=tensors)
     if impl == "reference":
         weights = FilmWeights(mlp_weights, *out_norm)
         return run_reference(film_mlp_reference, x, coords, tokens, freqs, position, weights)
@@ -306,6 +328,7 @@ def film_mlp(
     checks.check_features("table.gamma_beta", table.gamma_beta, "(R, 2 * D)", 2 * D)
     checks.check_device("table.gamma_beta", table.gamma_beta, x)
     for field, index in (("row", table.row), ("token", table.token)):
+        checks.check_tensor(f"table.{field}", index, (N,))
         checks.check_device(f"table.{field}", index, x)
         if tuple(index.shape) != (N,) or index.dtype != torch.int64:
             raise checks.expected(f"table.{field}", f"({N},) int64", f"{tuple(index.shape)} {index.dtype}")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import extension
 from ..errors import MissingPackageError, expected
-from .operator import backend
+from .checks import is_dual
+from .operator import backend, transforms
 
 Result = TypeVar("Result")
 
@@ -239,17 +241,33 @@ def _cpu_obstacle_for(x: Tensor, widths: Mapping[str, int], head_dim: int | None
     return None
 
 
+def _beyond_operators(tensors: Iterable[Tensor | None]) -> str | None:
+    """What PyTorch is about to do that operators have no rule for and the definition has, or None."""
+    active = transforms()
+    if "Jvp" in active or (
+        forward_ad._current_level >= 0 and any(t is not None and is_dual(t) for t in tensors)
+    ):
+        return "forward-mode differentiation"
+    if active and torch.compiler.is_compiling():
+        return "torch.func inside torch.compile"
+    if "Functionalize" in active and len(set(active)) > 1:
+        return "functionalize() among other transforms"
+    return None
+
+
 def resolve(
     impl: str,
     x: Tensor,
     widths: Mapping[str, int],
     head_dim: int | None = None,
     operation: str | None = None,
+    tensors: Iterable[Tensor | None] = (),
 ) -> str:
     """Return the name of the implementation that runs for ``impl``.
 
     ``"auto"`` picks Triton kernels for tensors on a GPU and compiled ones on a CPU where they can take them and are
-    the fastest, else tuned PyTorch calls; on a GPU compiled ones where :func:`compiled_operations` has the operation.
+    the fastest, else tuned PyTorch calls; on a GPU compiled ones where :func:`compiled_operations` has the operation;
+    the definition for forward-mode differentiation and for second derivatives by ``torch.func``.
 
     Args:
         impl: ``"auto"`` or the name of an implementation.
@@ -257,11 +275,19 @@ def resolve(
         widths: widths that kernels want as multiples of 64, by name.
         head_dim: width of an attention head, where there is one.
         operation: the operation, or None for a whole network.
+        tensors: the other tensors that may carry a tangent of forward-mode differentiation.
 
     Raises:
         InputError: the name is unknown, or it cannot run; says why.
     """
-    if impl in ("torch", "reference"):
+    if impl == "reference":
+        return impl
+    beyond = _beyond_operators((x, *tensors))
+    if impl == "auto" and (beyond is not None or transforms().count("Grad") > 1):
+        return "reference"
+    if beyond is not None and impl in NAMES:
+        raise expected("impl", f"'auto' or 'reference' for {beyond}", repr(impl))
+    if impl == "torch":
         return impl
     if impl not in ("auto", *NAMES):
         raise expected("impl", f"'auto' or one of {list(NAMES)}", repr(impl))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import checks
 from .implementations import resolve
-from .operator import NAMESPACE, Kernels, Operator, autocast, run_reference
+from .operator import NAMESPACE, Kernels, Operator, autocast, run_reference, uncompiled
 from .primitives import LAYER_NORM_EPS, layer_norm, layer_norm_backward, linear, linear_backward
 
 
@@ -68,6 +68,7 @@ def label_dtype(count: int) -> torch.dtype:
     return torch.uint8 if count <= 256 else torch.int16 if count <= 1 << 15 else torch.int32
 
 
+@uncompiled
 def _argmax(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, impl: str
 ) -> Tensor:
@@ -119,7 +120,7 @@ def norm_linear(
         InputError: wrong shape, dtype or device, or an ``impl`` that cannot run.
     """
     x, *layer = _checked(x, norm_weight, norm_bias, weight, bias)
-    impl = resolve(impl, x, {"the width D": x.shape[-1]})
+    impl = resolve(impl, x, {"the width D": x.shape[-1]}, tensors=layer)
     if impl == "reference":
         return run_reference(norm_linear_reference, x, *layer)
     return _operator(x, *layer, impl=impl)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 NAMESPACE = "vitup_fast"
+
+Result = TypeVar("Result")
 
 
 class Kernels(NamedTuple):
@@ -97,6 +102,7 @@ class Operator:
             size = kernels(impl).kept_bytes(*arguments) if keep else 0
             return arguments[0].new_empty(size, dtype=torch.uint8)
 
+        @uncompiled
         def run_forward(*args: object) -> tuple[Tensor, Tensor]:
             *arguments, keep, impl = args
             kept = empty_kept(keep, impl, arguments)
@@ -104,6 +110,7 @@ class Operator:
             with torch.autocast(arguments[0].device.type, enabled=False):
                 return kernels(impl).forward(*arguments, **keeping), kept
 
+        @uncompiled
         def run_backward(grad: Tensor, *args: object) -> list[Tensor]:
             *arguments, kept, needs_grad, impl = args
             keeping = {"kept": kept if kept.numel() else None} if kernels(impl).kept_bytes else {}
@@ -131,13 +138,19 @@ class Operator:
         def differentiate(ctx: object, grad: Tensor | None, _: object) -> tuple[Tensor | None, ...]:
             if grad is None:
                 return (None,) * len(ctx.needs_input_grad)
+            if torch._C._functorch.is_legacy_batchedtensor(grad):
+                raise NotImplementedError(
+                    f"{qualified} takes one gradient at a time; for many (is_grads_batched, vectorize=True) use "
+                    "torch.func.jacrev or torch.func.vjp."
+                )
             kept, *tensors = ctx.saved_tensors
             saved = iter(tensors)
             arguments = [
                 next(saved) if t else other for t, other in zip(ctx.is_tensor, ctx.others, strict=True)
             ]
             needs_grad = list(ctx.needs_input_grad[:differentiable])
-            grads = iter(self.backward(grad, *arguments, kept, needs_grad, ctx.impl))
+            backward = transformed_backward.apply if transforms() else self.backward
+            grads = iter(backward(grad, *arguments, kept, needs_grad, ctx.impl))
             needed = needs_grad + [False] * (len(arguments) + 2 - differentiable)
             return tuple(next(grads) if n else None for n in needed)
 
@@ -153,6 +166,13 @@ class Operator:
         torch.library.register_fake(f"{qualified}_backward", fake_backward)
         torch.library.register_autograd(qualified, differentiate, setup_context=setup_context)
         torch.library.register_autograd(f"{qualified}_backward", differentiate_twice)
+        torch.library.register_vmap(qualified, _one_by_one(self.forward))
+        torch.library.register_vmap(f"{qualified}_backward", _one_by_one(self.backward))
+        # The functions that register_autograd makes are not for torch.func.
+        self.transformed = _function(lambda *args: self.forward(*args), setup_context, differentiate)
+        transformed_backward = _function(
+            lambda *args: tuple(self.backward(*args)), lambda *_: None, differentiate_twice
+        )
 
     def kernels(self, impl: str) -> Kernels:
         """Return the kernels of an implementation."""
@@ -160,6 +180,8 @@ class Operator:
 
     def __call__(self, *arguments: object, impl: str) -> Tensor:
         """Run the operator; arguments have been checked."""
+        if not set(transforms()) <= {"Functionalize"}:
+            return self.transformed.apply(*arguments, False, impl)[0]
         kept_bytes = self.kernels(impl).kept_bytes
         keep = (
             kept_bytes is not None
@@ -170,10 +192,65 @@ class Operator:
         return self.forward(*arguments, keep, impl)[0]
 
 
+def uncompiled(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Keep ``torch.compile`` out of a function and of all that it calls, which deal in addresses.
+
+    Where a graph breaks, the compiler tries every Python function that runs, those of kernels too. Without a compiler
+    none is loaded.
+    """
+    disabled = None
+
+    def run(*arguments: object) -> Result:
+        nonlocal disabled
+        if disabled is None:
+            if "torch._dynamo" not in sys.modules:
+                return function(*arguments)
+            disabled = torch.compiler.disable(function)
+        return disabled(*arguments)
+
+    return run
+
+
+def transforms() -> tuple[str, ...]:
+    """Transforms of ``torch.func`` that are at work, the outermost first: Grad, Vmap, Jvp, Functionalize."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return tuple(level.key().name for level in levels)
+
+
+# To the compiler, which knows them as well, they are a constant of the code that it traces.
+transforms._dynamo_marked_constant = True
+
+
+def _function(
+    forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """An autograd function that ``torch.func`` takes."""
+    functions = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    members = {name: staticmethod(function) for name, function in functions.items()}
+    return type("TransformedOperator", (torch.autograd.Function,), {**members, "generate_vmap_rule": True})
+
+
+def _one_by_one(operator: Callable[..., Sequence[Tensor]]) -> Callable[..., tuple]:
+    """Rule for ``torch.vmap``: run an operator for one example after the other."""
+
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        def example(i: int) -> list[Any]:
+            return [a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)]
+
+        outputs = [operator(*example(i)) for i in range(info.batch_size)]
+        stacked = [torch.stack(parts) for parts in zip(*outputs, strict=True)]
+        return stacked, [0] * len(stacked)
+
+    return rule
+
+
 def run_reference(definition: Callable[..., Tensor], x: Tensor, *arguments: object) -> Tensor:
     """Run a definition; its arguments have been cast, and autocast shall not cast within."""
     with torch.autocast(x.device.type, enabled=False):
-        return definition(x, *arguments)
+        if forward_ad._current_level < 0 and not transforms():
+            return definition(x, *arguments)
+        with sdpa_kernel(SDPBackend.MATH):  # PyTorch's other attentions have no such derivatives
+            return definition(x, *arguments)
 
 
 def autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:

@@ -71,6 +71,7 @@ def linear(
     """Compute ``x W^T + b``, then GELU or the sum with a residual, fused where the device can."""
     if _takes_onednn(x):
         rows = x.reshape(-1, x.shape[-1])
+        bias = None if bias is None else bias.contiguous()  # oneDNN reads it without its stride
         if residual is not None:
             other = residual.reshape(-1, residual.shape[-1])
             y = torch.ops.mkldnn._linear_pointwise.binary(rows, other, weight, bias, "add")

@@ -71,7 +71,7 @@ def residual_mlp(
     weights = MLPWeights(*cast)
     check_mlp("weights", weights, x)
     widths = {"the width D": x.shape[-1], "the hidden width": weights.weight1.shape[0]}
-    impl = resolve(impl, x, widths, operation="residual_mlp")
+    impl = resolve(impl, x, widths, operation="residual_mlp", tensors=weights)
     if impl == "reference":
         return run_reference(residual_mlp_reference, x, weights)
     return _operator(x, *weights, impl=impl)

@@ -210,7 +210,7 @@ def rope_cross_attention(
         key: projected and rotated keys.
         value: projected values.
         weights: LayerNorm, query and output projections, in the dtype of ``x``.
-        inv_freq: rotary frequencies of one axis (float32), see :func:`rope_inv_freq`.
+        inv_freq: rotary frequencies of one axis, taken as float32 numbers, see :func:`rope_inv_freq`.
         token_grid: rows and columns of the tokens, (h, w).
         impl: ``"auto"`` or a name of :func:`vitup_fast.ops.implementations`.
 
@@ -228,16 +228,18 @@ def rope_cross_attention(
     weights = AttentionWeights(*cast)
     B, _, D = x.shape
     checks.check_features("key", key, "(B, Hh, h * w, d)")
-    heads, tokens = key.shape[1], token_grid[0] * token_grid[1]
-    checks.check_weight("key", key, (B, heads, tokens, D // max(1, heads)), x)
+    token_grid, heads = checks.check_token_grid(token_grid), key.shape[1]
+    if heads == 0 or D % heads or D // heads % 4:
+        raise checks.expected(
+            "key", f"heads of a width that is a multiple of 4, together D = {D} wide", tuple(key.shape)
+        )
+    checks.check_weight("key", key, (B, heads, token_grid[0] * token_grid[1], D // heads), x)
     checks.check_weight("value", value, key.shape, x)
     for field, weight in zip(AttentionWeights._fields, weights, strict=True):
         shape = (D, D) if field in ("query_weight", "out_weight") else (D,)
         checks.check_weight(f"weights.{field}", weight, shape, x)
-    checks.check_device("inv_freq", inv_freq, x)
-    if 4 * inv_freq.shape[0] != key.shape[-1]:
-        raise checks.expected("inv_freq", f"{key.shape[-1] // 4} frequencies", tuple(inv_freq.shape))
-    impl = resolve(impl, x, {"the width D": D}, key.shape[-1])
+    inv_freq = checks.check_frequencies("inv_freq", inv_freq, x, D // heads // 4)
+    impl = resolve(impl, x, {"the width D": D}, key.shape[-1], tensors=(coords, key, value, *weights))
     if impl == "reference":
         return run_reference(
             rope_cross_attention_reference, x, coords, key, value, weights, inv_freq, token_grid
