@@ -124,3 +124,10 @@ class Grid:
                 film_gamma_beta(relative, self.freqs, PositionWeights(*(t.to(y.dtype) for t in position)))
                 for position in self.positions
             ]
+
+
+def cell_centres(size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Centres ``((j + 0.5) / W, (i + 0.5) / H)`` of the cells of a grid, row by row.  # [H * W, 2]"""
+    y, x = ((torch.arange(n, dtype=dtype, device=device) + 0.5) / n for n in size)
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack((x, y), dim=-1).flatten(0, 1)

@@ -17,7 +17,7 @@ from ..walks import choose_walk
 from ..walks.plan import Budget, Spans, cut, total_memory
 from ..walks.walk import Chunk, Decoding, Settings, Walk, plain_modes
 from .config import ViTUpConfig
-from .grid import SHARED_TABLE_ROWS, Grid, Queries
+from .grid import SHARED_TABLE_ROWS, Grid, Queries, cell_centres
 from .image_cache import ImageCache
 from .layers import Block, Decoder, PositionCode, RotaryFrequencies
 from .weights import EVERY_VALUE_QUERIES, NetworkWeights, Snapshot, collect
@@ -228,8 +228,15 @@ class ViTUp(nn.Module):
         H, W = check_size("size", size)
         query_chunk_size, max_memory = check_budget(query_chunk_size, max_memory)
         options = _Options(return_all_layers, head, labels, impl, progress)
-        self._check_output_fits(cache, H * W, options)
         wide = torch.promote_types(self.dtype, torch.float32)
+        if torch.compiler.is_compiling():
+            # Shapes of tables depend on numbers that compilers do not follow.
+            coords = cell_centres((H, W), wide, self.device).expand(cache.batch_size, -1, -1)
+            outputs = {"return_all_layers": return_all_layers, "head": head, "labels": labels}
+            layers = self(cache, coords, **outputs, impl=impl)
+            layers = [layer.unflatten(1, (H, W)) for layer in (layers if return_all_layers else [layers])]
+            return layers if return_all_layers else layers[0]
+        self._check_output_fits(cache, H * W, options)
         weights, settings = self._prepare_pass(cache, None, options)
         walk = choose_walk(settings)
         # A chunk's table has at most half as many rows as the chunk queries, and so has a shared one on a budget.
@@ -408,6 +415,14 @@ class ViTUp(nn.Module):
         if cache.patch_grid.dtype != self.dtype:
             raise expected(
                 "cache", f"dtype {self.dtype} of the network", cache.patch_grid.dtype, "Use cache.to."
+            )
+        dtypes = {t.dtype for t in (*cache.keys, *cache.values)}
+        if not dtypes <= {self.dtype, self.compute_dtype}:
+            raise expected(
+                "cache",
+                f"keys and values in {self.compute_dtype}, in which the network computes now",
+                ", ".join(map(str, dtypes)),
+                "It was prepared under autocast: prepare it again, or use it under autocast.",
             )
         if cache.patch_grid.device != self.device:
             raise expected(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import extension
 from ..errors import expected
 from ..ops import AttentionWeights, FilmWeights, MLPWeights, PositionWeights
-from ..ops.checks import HOOKS, check_layer
+from ..ops.checks import check_layer
 from ..ops.primitives import LAYER_NORM_EPS
 
 Nested = TypeVar("Nested")
@@ -81,6 +81,11 @@ class NetworkWeights(NamedTuple):
     def map(self, fn: Callable[[Tensor], Tensor]) -> NetworkWeights:
         """Apply a function to every parameter."""
         return self._replace(blocks=_map(self.blocks, fn), decoders=_map(self.decoders, fn))
+
+    def recordable(self) -> NetworkWeights:
+        """Everything as autograd can save it."""
+        constants = {"freqs": recordable(self.freqs), "inv_freq": recordable(self.inv_freq)}
+        return self.map(recordable)._replace(**constants)
 
 
 def _map(value: Nested, fn: Callable[[Tensor], Tensor]) -> Nested:
@@ -198,7 +203,12 @@ def _layers(layers: Iterable[_Named]) -> Iterator[Tensor]:
 def _wrapped(module: nn.Module) -> bool:
     """Whether calling a module would run more than the forward of its class."""
     attributes = module.__dict__
-    return "forward" in attributes or any(attributes[hooks] for hooks in HOOKS)
+    return "forward" in attributes or bool(
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+    )
 
 
 def parameters_and_buffers(root: nn.Module) -> list[Tensor]:
@@ -282,20 +292,18 @@ def fingerprint(tensors: Sequence[Tensor], *, every_value: bool = True) -> int:
         plain = [t.detach().contiguous() for t in tensors]
     if not plain:
         return 0
-    if (
-        plain[0].device.type != "cpu"
-        or extension.obstacle("cpu") is not None
-        or not hasattr(extension.load().cpu, "fingerprint")
-    ):
+    if plain[0].device.type != "cpu" or extension.obstacle("cpu") is not None:
         return _portable_fingerprint(plain) if every_value else 0
-    library = extension.load().cpu
     small = [t for t in plain if every_value or t.nbytes <= SMALL_BYTES]
-    total = library.fingerprint([t.data_ptr() for t in small], [t.nbytes for t in small])
-    if len(small) < len(plain):
-        large = [t for t in plain if t.nbytes > SMALL_BYTES]
-        row = min(t.shape[-1] * t.itemsize for t in large)
-        total ^= library.fingerprint([t.data_ptr() for t in large], [t.nbytes for t in large], row)
-    return total
+    large = [t for t in plain if not every_value and t.nbytes > SMALL_BYTES]
+    row = min((t.shape[-1] * t.itemsize for t in large), default=0)
+    return _memory_fingerprint(small, 0) ^ _memory_fingerprint(large, row if row >= 64 else 0)
+
+
+def _memory_fingerprint(tensors: Sequence[Tensor], stride: int) -> int:
+    """Checksum over contiguous memory of the CPU, or over 64 of every ``stride`` bytes of each tensor."""
+    addresses, sizes = [t.data_ptr() for t in tensors], [t.nbytes for t in tensors]
+    return extension.load().cpu.fingerprint(addresses, sizes, stride, threads=torch.get_num_threads())
 
 
 def _portable_fingerprint(tensors: Sequence[Tensor]) -> int:

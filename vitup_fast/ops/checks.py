@@ -16,7 +16,7 @@ from ..errors import expected
 FEATURE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COORDINATE_DTYPES = (torch.float32, torch.float64)
 # What PyTorch runs around a module's forward when the module is called, and only then.
-HOOKS = {
+_HOOKS = {
     "_forward_pre_hooks": "a hook before it",
     "_forward_hooks": "a hook after it",
     "_backward_pre_hooks": "a hook before its backward pass",
@@ -58,7 +58,7 @@ def check_layer(name: str, layer: nn.Module, kind: type[nn.Module]) -> None:
     )
     hooks = [
         f"{text}: {getattr(hook, '__name__', type(hook).__name__)}"
-        for attribute, text in HOOKS.items()
+        for attribute, text in _HOOKS.items()
         for hook in getattr(layer, attribute).values()
     ]
     if hooks or not inherited:

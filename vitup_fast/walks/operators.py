@@ -46,7 +46,7 @@ class OperatorsWalk(Walk):
         """See :meth:`Walk.project`."""
         weights = self.weights
         if not self.settings.in_place:
-            weights, hidden_states = weights.map(recordable), [recordable(t) for t in hidden_states]
+            weights, hidden_states = weights.recordable(), [recordable(t) for t in hidden_states]
         return project(weights, hidden_states, self.settings)
 
     def begin(
@@ -61,7 +61,7 @@ class OperatorsWalk(Walk):
         weights, settings, impl = self.weights, self.settings, self.settings.impl
         if not settings.in_place:
             # Autograd saves no inference tensors.
-            weights, cache = weights.map(recordable), cache.map(recordable)
+            weights, cache = weights.recordable(), cache.map(recordable)
         elif settings.implementation == "torch" and spans.several and scratch_bytes is None:
             weights = weights.map(lambda t: _packed(t, settings.dtype))
         decoders = decoding.decoders(weights)
