@@ -90,7 +90,8 @@ class ViTUp(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         """Dtype of the parameters, or that of autocast where it is on."""
         kind = self.device.type
-        autocast = torch.is_autocast_enabled(kind) and self.dtype != torch.float64
+        available = torch.amp.is_autocast_available(kind)
+        autocast = available and torch.is_autocast_enabled(kind) and self.dtype != torch.float64
         return torch.get_autocast_dtype(kind) if autocast else self.dtype
 
     def prepare(

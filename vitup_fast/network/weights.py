@@ -111,14 +111,13 @@ def collect(root: nn.Module) -> NetworkWeights:
     Raises:
         InputError: a layer wraps, hooks or is something else than what is read of it.
     """
-    blocks = list(_children(root.vit_up_blocks, "vit_up_blocks"))
-    decoders = list(_children(root.decoder_mlp, "decoder_mlp"))
-    return NetworkWeights(
-        [_block(*named) for named in blocks],
-        [DecoderWeights(*_layers(_mlp(decoder, name, norm=True, gelu=False))) for decoder, name in decoders],
-        root.rel_pos_enc.freqs,
-        root.rope.inv_freq,
-    )
+    blocks = [_block(*named) for named in _children(root.vit_up_blocks, "vit_up_blocks")]
+    decoders = [
+        DecoderWeights(*_layers(_mlp(decoder, name, norm=True, gelu=False)))
+        for decoder, name in _children(root.decoder_mlp, "decoder_mlp")
+    ]
+    device = decoders[0].weight.device  # also a meta device, to which constants do not move
+    return NetworkWeights(blocks, decoders, root.rel_pos_enc.freqs.to(device), root.rope.inv_freq.to(device))
 
 
 def _block(block: nn.Module, name: str) -> BlockWeights:
