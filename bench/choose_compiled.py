@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitup_fast.bench.harness import exit_code, write_text
+from vitup_fast.bench.command import exit_code, write_text
 from vitup_fast.kernels.cuda import FASTER
 
 from vitup_fast.errors import expected

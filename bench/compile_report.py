@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-from vitup_fast.bench.harness import exit_code, write_text
+from vitup_fast.bench.command import exit_code, write_text
 from vitup_fast.kernels.triton import bilinear_sample, common, film_mlp, linear, norm_linear, residual_mlp
 from vitup_fast.kernels.triton import rope_cross_attention as attention
 

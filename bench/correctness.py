@@ -21,14 +21,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from vitup_fast.bench.command import check_writable, exit_code
 from vitup_fast.bench.harness import (
     DTYPES,
     ERROR_LIMIT,
     check_device,
     check_implementations,
-    check_writable,
     device_name,
-    exit_code,
     reason,
     versions,
     write_json,

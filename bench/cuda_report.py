@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vitup_fast.bench import compile_report
-from vitup_fast.bench.harness import exit_code, write_text
+from vitup_fast.bench.command import exit_code, write_text
 
 from vitup_fast.errors import MissingPackageError
 

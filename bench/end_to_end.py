@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from vitup_fast.bench import reference
+from vitup_fast.bench.command import exit_code
 from vitup_fast.bench.harness import (
     BACKWARD_FACTOR,
     Case,
@@ -40,7 +41,6 @@ from vitup_fast.bench.harness import (
     Run,
     Work,
     device_name,
-    exit_code,
     finish,
     fresh_start,
     make_parser,

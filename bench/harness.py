@@ -14,11 +14,8 @@ import gc
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,9 +25,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from vitup_fast.bench.command import check_writable, write_text
+from vitup_fast.bench.roofline import draw
 
-from vitup_fast import InputError, ViTUpConfig, __version__
-from vitup_fast.errors import MissingPackageError, expected, require
+from vitup_fast import ViTUpConfig, __version__
+from vitup_fast.errors import expected, require
 from vitup_fast.ops import implementations
 from vitup_fast.ops.implementations import interpreted
 from vitup_fast.ops.primitives import linear, pack
@@ -531,18 +530,6 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name in the same directory, then rename: nobody sees half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def publish(reports: Iterable[Report], path: Path | None) -> int:
     """Print each table as it comes, and rewrite the JSON file with all reports so far if one is asked for.
 
@@ -716,16 +703,6 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def check_writable(path: Path, option: str = "--json") -> None:
-    """Check before the measurement that its result can be written.
-
-    Raises:
-        InputError: the path is a directory, or its parent is none or not writable.
-    """
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise expected(option, "a file in an existing, writable directory", repr(str(path)))
-
-
 class OperationCase(NamedTuple):
     """One operation at one size.
 
@@ -861,8 +838,6 @@ def finish(reports: Iterable[Report], options: argparse.Namespace) -> int:
 
     code = publish(keep(), options.json)
     if options.roofline is not None:
-        from vitup_fast.bench.roofline import draw
-
         draw([asdict(report) for report in kept], options.roofline)
     return code
 
@@ -873,12 +848,3 @@ def fresh_start() -> None:
     torch.compiler.reset()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-
-def exit_code(main: Callable[[], int]) -> int:
-    """Run a command; a user's mistake or a missing package becomes one sentence on the error stream and exit code 2."""
-    try:
-        return main()
-    except (InputError, MissingPackageError) as error:
-        print(error, file=sys.stderr)
-        return 2

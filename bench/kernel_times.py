@@ -13,14 +13,13 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from vitup_fast.bench.command import check_writable, exit_code
 from vitup_fast.bench.harness import (
     DTYPES,
     PRESETS,
     check_device,
     check_implementations,
-    check_writable,
     device_name,
-    exit_code,
     versions,
     write_json,
 )

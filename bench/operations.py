@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from vitup_fast.bench import bilinear_sample, film_mlp, norm_linear, residual_mlp, rope_cross_attention
-from vitup_fast.bench.harness import OperationCase, exit_code, operation_main
+from vitup_fast.bench.command import exit_code
+from vitup_fast.bench.harness import OperationCase, operation_main
 
 from vitup_fast import ViTUpConfig
 

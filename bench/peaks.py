@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from vitup_fast.bench.command import check_writable, exit_code
 from vitup_fast.bench.harness import (
     DTYPES,
     check_device,
-    check_writable,
     device_name,
-    exit_code,
     interleave,
     peak_probes,
     peaks_of,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from vitup_fast.bench.harness import OperationCase, Work, exit_code, operation_main, real_sizes
+from vitup_fast.bench.command import exit_code
+from vitup_fast.bench.harness import OperationCase, Work, operation_main, real_sizes
 
 from vitup_fast import ViTUpConfig
 

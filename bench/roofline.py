@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitup_fast.bench.harness import check_writable, exit_code
+from vitup_fast.bench.command import check_writable, exit_code
 
 from vitup_fast.errors import expected, require
 

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from vitup_fast.bench.command import exit_code
 from vitup_fast.bench.harness import (
     DTYPES,
     Stopwatch,
     check_device,
-    exit_code,
     judge,
     stopwatch_for,
     tensors,

@@ -28,6 +28,7 @@ from vitup_fast.bench import (
     roofline,
     rope_cross_attention,
 )
+from vitup_fast.bench.command import check_writable, exit_code
 from vitup_fast.bench.harness import (
     Case,
     Goal,
@@ -35,9 +36,7 @@ from vitup_fast.bench.harness import (
     Sizes,
     Work,
     check_implementations,
-    check_writable,
     cpu_stopwatch,
-    exit_code,
     failed_checks,
     interleave,
     make_parser,

@@ -1,14 +1,40 @@
 from __future__ import annotations
 
+import ast
 import inspect
 import subprocess
 import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
 import vitup_fast
 import vitup_fast.ops
 import vitup_fast.testing
+
+ROOT = Path(__file__).parents[1]
+# From the ground up: nothing imports anything of a later row, and within a row nothing runs in a circle.
+ROWS = (
+    ("errors", "extension"),
+    ("ops.",),
+    ("kernels.",),
+    (
+        "network.config",
+        "network.layers",
+        "network.weights",
+        "network.image_cache",
+        "network.grid",
+        "heads",
+        "images",
+    ),
+    ("walks.",),
+    ("network.model", "network.backbone", "network.checkpoint"),
+    ("upsampler", "accelerate"),
+    ("__init__", "testing"),
+    ("bench.",),
+    ("cli.",),
+)
 
 OPTIONAL = (
     "timm",
@@ -82,3 +108,89 @@ def test_exported_names_exist():
     for module in (vitup_fast, vitup_fast.ops):
         assert sorted(set(module.__all__)) == sorted(module.__all__)
         assert all(hasattr(module, name) for name in module.__all__)
+
+
+def module_files():
+    """Every file of the package under its module's name, without ``vitup_fast.``; rooms at the top level too."""
+    rooms = {"vitup_fast": "", "kernels": "kernels.", "bench": "bench."}
+    for folder, prefix in rooms.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = prefix + ".".join(path.relative_to(ROOT / folder).with_suffix("").parts)
+            yield name.removesuffix(".__init__") if name != "__init__" else name, path
+
+
+def imports_of(name, path, modules):
+    """Modules of the package that a file imports anywhere: inside functions and under TYPE_CHECKING too."""
+    package = ["vitup_fast", *name.removesuffix("__init__").split(".")]
+    package = [part for part in (package if path.stem == "__init__" else package[:-1]) if part]
+    for node in ast.walk(ast.parse(path.read_text())):
+        targets = []
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *([node.module] if node.module else [])]
+            targets = [".".join([*base, alias.name]) for alias in node.names]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            targets = (
+                [str(node.args[0].value)] if function in ("import_module", "require", "__import__") else []
+            )
+        for target in targets:
+            if f"{target}.".startswith("vitup_fast."):
+                short = target.removeprefix("vitup_fast").removeprefix(".")
+                while short and short not in modules:
+                    short = short.rpartition(".")[0]
+                yield short or "__init__"
+
+
+def import_graph():
+    files = dict(module_files())
+    return {name: {m for m in imports_of(name, path, files) if m != name} for name, path in files.items()}
+
+
+def row_of(name):
+    """Number of a module's row; an entry that ends with a dot stands for a room and all in it."""
+    for number, row in enumerate(ROWS):
+        if name in row or any(entry.endswith(".") and f"{name}.".startswith(entry) for entry in row):
+            return number
+    return None
+
+
+def test_imports_run_one_way():
+    graph = import_graph()
+    assert len(graph) > 50
+    rows = {name: row_of(name) for name in graph}
+    unplaced = {name for name, row in rows.items() if row is None}
+    assert unplaced == {"network"}, "say in ROWS what may import them"
+    # The package's own version is read where it is said.
+    upward = [
+        f"{name} imports {other}"
+        for name, others in graph.items()
+        for other in others - {"__init__", "network"}
+        if rows[name] is not None and rows[other] > rows[name]
+    ]
+    assert upward == []
+
+
+def test_imports_form_no_circle():
+    graph = {name: others - {"__init__"} for name, others in import_graph().items()}
+    TopologicalSorter(graph).prepare()  # raises on a circle, and names it
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from .walks import cpu",
+        "def f():\n    from .upsampler import load",
+        "if TYPE_CHECKING:\n    from .network.model import ViTUp",
+        "importlib.import_module('vitup_fast.cli')",
+        "import vitup_fast.walks.cpu",
+    ],
+)
+def test_every_kind_of_import_is_seen(tmp_path, line):
+    path = tmp_path / "errors.py"
+    path.write_text(line)
+    files = dict(module_files())
+    (found,) = imports_of("errors", path, files)
+    assert row_of(found) > row_of("errors")
