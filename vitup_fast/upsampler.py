@@ -312,7 +312,7 @@ class Upsampler(nn.Module):
         if not isinstance(images, Tensor):
             if not hasattr(images, "convert"):
                 raise expected("images", "a tensor or a PIL image", type(images).__name__)
-            images = normalise(images)
+            images = normalise(images, self.backbone.mean, self.backbone.std)
         if images.dim() == 3:
             images = images.unsqueeze(0)
         if images.dim() != 4:

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError, expected, require
+from ..images import MEAN, STD
 from .config import ViTUpConfig
 
 LORA_PREFIX = "backbone.base_model.model."
@@ -100,6 +101,16 @@ class Backbone(nn.Module):
     def dim(self) -> int:
         """Feature width D."""
         return self.model.patch_embed.proj.out_channels
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each colour in [0, 1] that the model was trained with; ImageNet's where it does not say."""
+        return self._pixel_statistic("mean", MEAN)
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Deviation of each colour that the model was trained with; ImageNet's where it does not say."""
+        return self._pixel_statistic("std", STD)
 
     def hidden_states(
         self,
@@ -248,6 +259,21 @@ class Backbone(nn.Module):
     def _adapters(self) -> list[LoRA]:
         """List the adapters in the order of their layers."""
         return [module for module in self.model.modules() if isinstance(module, LoRA)]
+
+    def _pixel_statistic(self, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
+        """Read three numbers of timm's ``pretrained_cfg``; refuse a model of other than three channels."""
+        channels = self.model.patch_embed.proj.in_channels
+        if channels != 3:
+            remedy = "Pass a normalised tensor (B, C, H, W)."
+            raise expected("images", f"the {channels} channels of this backbone", "an RGB picture", remedy)
+        values = (getattr(self.model, "pretrained_cfg", None) or {}).get(name)
+        if values is None:
+            return default
+        values = tuple(float(value) for value in values)
+        sound = len(values) == 3 and all(map(math.isfinite, values)) and (name == "mean" or min(values) > 0)
+        if not sound:
+            raise expected(f"pretrained_cfg[{name!r}]", "three numbers, deviations above zero", values)
+        return values
 
     def _norm_after(self, depth: int) -> nn.Module:
         """Return the norm that reads the output of a depth."""
