@@ -6,7 +6,7 @@ PYTHON ?= python3
 
 # Upsample the photograph that ships with the project; random weights if the published ones cannot be fetched.
 demo: $(VENV)/demo.installed
-	$(VENV)/bin/vitup-fast upsample examples/chelsea.png -o out --size 150 226 --hidden-size 320 480 --pca --or-random
+	$(VENV)/bin/vitup-fast upsample examples/chelsea.png -o out --size 150 226 --hidden-layer-img-size 320 480 --pca --or-random
 
 test: $(VENV)/test.installed
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8

@@ -348,6 +348,7 @@ if __name__ == "__main__":
             "vitup_fast.ops",
             "vitup_fast.walks",
         ],
+        py_modules=["vitup_fast_start"],
         package_dir={"vitup_fast.kernels": "kernels", "vitup_fast.bench": "bench"},
         include_package_data=False,
         package_data={

@@ -58,7 +58,7 @@ def _opened(path: str | os.PathLike[str], max_pixels: int) -> Iterator[Image]:
         try:
             image = pillow.open(path)
         except pillow.DecompressionBombError as error:
-            raise expected(str(path), f"at most {max_pixels:,} pixels", error) from error
+            raise expected(str(path), f"at most {max_pixels:,} pixels", str(error).rstrip(".")) from error
         with image:
             width, height = image.size
             if width * height > max_pixels:

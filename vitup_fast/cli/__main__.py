@@ -2,6 +2,6 @@
 
 import sys
 
-from . import main
+from vitup_fast_start import main
 
 sys.exit(main())
