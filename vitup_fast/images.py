@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import InputError, expected, require
+from .errors import InputError, brief, expected, require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,20 +50,21 @@ def _readable(name: str) -> Iterator[None]:
 def _opened(path: str | os.PathLike[str], max_pixels: int) -> Iterator[Image]:
     """Open an image file whose header is sound and whose size is allowed; nothing is decoded yet."""
     pillow = require("PIL.Image", "demo", "reading an image file")
-    with _readable(str(path)), warnings.catch_warnings():
+    name = brief(path, 500)
+    with _readable(name), warnings.catch_warnings():
         # The limit below is stricter than Pillow's warning; Pillow's own error stays on.
         warnings.simplefilter("ignore", pillow.DecompressionBombWarning)
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise expected(str(path), "an image file", "a folder or a device")
+            raise expected(name, "an image file", "a folder or a device")
         try:
             image = pillow.open(path)
         except pillow.DecompressionBombError as error:
-            raise expected(str(path), f"at most {max_pixels:,} pixels", str(error).rstrip(".")) from error
+            raise expected(name, f"at most {max_pixels:,} pixels", str(error).rstrip(".")) from error
         with image:
             width, height = image.size
             if width * height > max_pixels:
                 raise expected(
-                    str(path),
+                    name,
                     f"at most {max_pixels:,} pixels",
                     f"{width} x {height}",
                     "Shrink or crop the image.",
@@ -156,7 +157,7 @@ def normalise(
 def _pixels(image: Image) -> np.ndarray:  # [H, W, 3]
     """Return the pixels of an upright, opaque image: uint8, or of deep grey float32 in [0, 1]."""
     pillow = require("PIL.Image", "demo", "converting an image")
-    name = getattr(image, "filename", "") or "image"
+    name = brief(getattr(image, "filename", "") or "image", 500)
     if 0 in image.size:
         raise expected(name, "at least one pixel", f"{image.width} x {image.height}")
     with _readable(name):
@@ -314,6 +315,6 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         write(temporary)
         os.replace(temporary, target)
     except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error.strerror or error}).") from error
+        raise InputError(f"{brief(target, 500)}: cannot be written ({error.strerror or error}).") from error
     finally:
         temporary.unlink(missing_ok=True)

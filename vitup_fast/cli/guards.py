@@ -49,7 +49,7 @@ def enough_memory(name: str) -> Iterator[None]:
         lacking = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
         if not lacking:
             raise
-        reason = str(error).partition("\n")[0] or "no more"
+        reason = str(error).partition("\n")[0].rpartition("Allocator: ")[2] or "less"
         raise expected(
             name, "enough memory", reason, "Choose a smaller size, or --dtype bfloat16."
         ) from error

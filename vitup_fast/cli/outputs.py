@@ -137,7 +137,8 @@ def _identity(path: Path) -> object:
 
 def _name_limit(folder: Path) -> int:
     """Return how many bytes a name in a folder may have."""
-    return os.pathconf(folder, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    limit = os.pathconf(folder, "PC_NAME_MAX") if hasattr(os, "pathconf") else 0
+    return limit if limit > 0 else 255
 
 
 def _record(folder: Path, stem: str) -> Path:
@@ -211,8 +212,9 @@ def forget(target: Target) -> None:
         InputError: the record cannot be written.
     """
     made = _read_record(target.record)
-    if any(made.pop(file.name, None) for file in target.files):
-        _write_record(target.record, made)
+    names = {file.name for file in target.files}
+    if names & made.keys():
+        _write_record(target.record, {name: made[name] for name in made.keys() - names})
 
 
 def remember(target: Target, settings: dict[str, Any]) -> None:
