@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import multiprocessing
 import os
 import statistics
@@ -18,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -185,16 +184,6 @@ def tune_role(
     return best, least, before
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Settings found by earlier runs, by Triton version, kind, role and width."""
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise expected(
-            str(path), "launch settings as JSON", error, "Delete the file to start anew."
-        ) from error
-
-
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the tuner; see ``--help``.
 
@@ -241,9 +230,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     tqdm = require("tqdm", "demo", "The progress of the tuner").tqdm
     device_name, _ = common.target_of(torch.empty(0, device=device))
     path = options.output or common.user_settings_path(device_name)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise expected(
+            "--output", "a file in a folder that can be made", f"{path} ({error.strerror})"
+        ) from error
     version = ".".join(common.triton.__version__.split(".")[:2])
-    found = read_settings(path)
+    found = common.read_settings(path) if path.exists() else {}
     stopwatch = stopwatch_for(device)
     with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for dtype_name, preset, name in itertools.product(options.dtype, options.preset, options.roles):

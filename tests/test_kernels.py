@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from triton.runtime.errors import OutOfResources
 from vitup_fast.kernels.triton import common, linear
 from vitup_fast.kernels.triton.bilinear_sample import sample
 
-from vitup_fast.errors import InputError, KernelError
+from vitup_fast.errors import InputError, KernelError, brief
 from vitup_fast.ops import norm_linear_argmax
 from vitup_fast.testing import (
     OPERATIONS,
@@ -267,22 +268,161 @@ def test_settings_of_unknown_gpus(fresh_settings):
             assert {role for kind in kinds.values() for role in kind} == set(SMALL_BLOCKS)
 
 
+def linear_settings(block_m=64, **others):
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": 64,
+        "BLOCK_K": 32,
+        "TILES": 1,
+        "num_warps": 4,
+        "num_stages": 2,
+        **others,
+    }
+
+
+def written(content, name="Some GPU"):
+    path = common.user_settings_path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
 def test_settings_by_version_width_and_user(fresh_settings, monkeypatch):
-    path = common.user_settings_path("Some GPU")
-    path.parent.mkdir(parents=True)
-    table = lambda m, other: {"half": {"linear": {"default": {"BLOCK_M": m}, "768": {"BLOCK_M": other}}}}  # noqa: E731
-    path.write_text(json.dumps({"3.6": table(1, 2), "3.10": table(3, 4)}))
+    def table(m, other):
+        return {"half": {"linear": {"default": linear_settings(m), "768": linear_settings(other)}}}
+
+    written({"3.6": table(16, 32), "3.10": table(64, 128)})
     monkeypatch.setattr(common.triton, "__version__", "3.9.1")
-    assert settings_on("Some GPU", 90) == {"BLOCK_M": 1}
-    assert settings_on("Some GPU", 90, width=768) == {"BLOCK_M": 2}
-    assert (
-        settings_on("Some GPU", 90, role="attention")["BLOCK_N"] > 0
-    )  # what the user did not tune is shipped
+    assert settings_on("Some GPU", 90)["BLOCK_M"] == 16
+    assert settings_on("Some GPU", 90, width=768)["BLOCK_M"] == 32
+    # what the user did not tune is shipped
+    assert settings_on("Some GPU", 90, role="attention") == settings_on("another GPU", 90, role="attention")
+    assert settings_on("Some GPU", 90, dtype=torch.float32) == settings_on(
+        "another GPU", 90, dtype=torch.float32
+    )
     monkeypatch.setattr(common.triton, "__version__", "3.11.0")
-    assert settings_on("Some GPU", 90) == {"BLOCK_M": 3}
-    path.write_text("{")
-    with pytest.raises(InputError, match=r"Some_GPU.json: expected launch settings .* `vitup-fast tune`"):
+    assert settings_on("Some GPU", 90)["BLOCK_M"] == 64
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"3.6": {}},
+        {"3.6": {"float32": {}}},
+        {"3.6": {"half": {"attention": {}}}},
+        {"3.6": {"half": {"linear": {}}}},
+        {"3.6": {"half": {"linear": {"768": linear_settings(32)}}}},
+    ],
+    ids=str,
+)
+def test_settings_for_something_else_leave_the_shipped_ones(fresh_settings, settings):
+    written(settings)
+    assert settings_on("Some GPU", 90) == settings_on("another GPU", 90)
+
+
+def nested(value):
+    return {"3.6": {"half": {"linear": {"default": value}}}}
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ("{", "Expecting"),
+        ("", "Expecting"),
+        ("[" * 100_000, "recursion"),
+        (json.dumps(nested(linear_settings())) + "}", "Extra data"),
+        *(
+            (json.dumps(value), f"{re.escape(json.dumps(value))} as the file")
+            for value in (None, [], [1], 3, "x", True)
+        ),
+        ({"3.6": None}, r"null as '3\.6' in the file"),
+        ({"3.6": {"half": []}}, r"\[\] as 'half' in '3\.6' in the file"),
+        ({"3.6": {"half": {"linear": 64}}}, "64 as 'linear' in 'half'"),
+        (nested("fast"), "\"fast\" as 'default' in 'linear'"),
+        (nested({}), r"\{\} as 'default'"),
+        ({"newest": nested({})}, "the Triton version 'newest' in the file"),
+        ({"": {}}, "the Triton version ''"),
+        ({"3": {}}, "the Triton version '3'"),
+        ({"x" * 5000: {}}, r"the Triton version 'x+\.\.\.x+'"),
+        (nested(linear_settings(BLOCK_Q=16)), "unknown .'BLOCK_Q'."),
+        (nested({"BLOCK_M": 64}), "none of .'BLOCK_K', 'BLOCK_N', 'TILES', 'num_stages', 'num_warps'."),
+        *(
+            (nested(linear_settings(**{key: value})), f"{json.dumps(value)} as '{key}' in 'default'")
+            for key in ("BLOCK_M", "BLOCK_K", "TILES", "num_warps", "num_stages")
+            for value in (0, -16, 1.5, 64.0, "64", None, True, 2**40)
+        ),
+        *((nested(linear_settings(n)), f"{n} as 'BLOCK_M'") for n in (8, 48, 100)),
+        *((nested(linear_settings(num_warps=n)), f"{n} as 'num_warps'") for n in (3, 64)),
+    ],
+    ids=lambda value: brief(value, 60),
+)
+def test_bad_settings_are_one_sentence(fresh_settings, content, place):
+    written(content)
+    with pytest.raises(InputError, match=rf"Some_GPU.json: expected .*{place}.*`vitup-fast tune`") as caught:
         settings_on("Some GPU", 90)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 800
+
+
+def test_settings_that_cannot_be_opened(fresh_settings, monkeypatch):
+    path = written(nested(linear_settings()))
+    path.unlink()
+    path.symlink_to(path.with_suffix(".gone"))
+    assert settings_on("Some GPU", 90) == settings_on("another GPU", 90)
+    path.unlink()
+    for make in (Path.mkdir, os.mkfifo):
+        make(path)
+        with pytest.raises(InputError, match=r"Some_GPU.json: expected .*not a file"):
+            settings_on("Some GPU", 90)
+        path.rmdir() if path.is_dir() else path.unlink()
+    path.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(InputError, match=r"Some_GPU.json: expected"):
+        settings_on("Some GPU", 90)
+
+    def closed(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", closed)
+    with pytest.raises(InputError, match=r"Some_GPU.json: expected .*got Permission denied"):
+        settings_on("Some GPU", 90)
+
+
+def test_where_settings_are_looked_for(fresh_settings, monkeypatch, tmp_path):
+    shipped = settings_on("Some GPU", 90)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for cache, folder in [
+        ("~/kept here", tmp_path / "home" / "kept here"),
+        ("relative", Path("relative")),
+        ("", tmp_path / "home" / ".cache" / "vitup_fast"),
+    ]:
+        monkeypatch.setenv("VITUP_FAST_CACHE", cache)
+        assert common.user_settings_path("Some GPU") == folder / "configs" / "Some_GPU.json"
+        assert settings_on("Some GPU", 90) == shipped
+        written(nested(linear_settings(16)))
+        assert settings_on("Some GPU", 90)["BLOCK_M"] == 16
+    for cache in ("x" * 5000, "~nobody-of-this-name/cache", str(written({}))):
+        monkeypatch.setenv("VITUP_FAST_CACHE", cache)
+        with pytest.raises(InputError, match="VITUP_FAST_CACHE: expected a folder") as caught:
+            settings_on("Some GPU", 90)
+        assert len(str(caught.value)) < 500
+
+
+def test_without_a_home_folder_there_are_no_users_settings(fresh_settings, monkeypatch):
+    shipped = settings_on("Some GPU", 90)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("VITUP_FAST_CACHE")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert settings_on("Some GPU", 90) == shipped
+    with pytest.raises(InputError, match=r"VITUP_FAST_CACHE: expected a folder .* no home folder"):
+        common.user_settings_path("Some GPU")
+    closed = Path("/proc/1/root") / "x"  # no way in for most users
+    monkeypatch.setattr(Path, "home", lambda: closed)
+    assert settings_on("Some GPU", 90) == shipped
 
 
 REPORT = [sys.executable, "-m", "vitup_fast.bench.compile_report"]

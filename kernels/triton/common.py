@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from triton import knobs
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from ...errors import KernelError, expected
+from ...errors import InputError, KernelError, brief, expected
 from ...ops.primitives import LAYER_NORM_EPS
 from ..cuda import launch_compiled, runs_compiled
 
@@ -315,9 +316,18 @@ def overridden_settings(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[N
 
 
 def user_settings_path(device_name: str) -> Path:
-    """Where ``vitup-fast tune`` keeps settings of a GPU: below ``VITUP_FAST_CACHE``, by default in ``~/.cache``."""
-    base = os.environ.get("VITUP_FAST_CACHE") or Path.home() / ".cache" / "vitup_fast"
-    return Path(base) / "configs" / config_file_name(device_name)
+    """Where ``vitup-fast tune`` keeps settings of a GPU: below ``VITUP_FAST_CACHE``, by default in ``~/.cache``.
+
+    Raises:
+        InputError: there is no home folder to find it from.
+    """
+    chosen = os.environ.get("VITUP_FAST_CACHE")
+    try:
+        base = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "vitup_fast"
+    except RuntimeError as error:
+        got = repr(chosen) if chosen else "none, and there is no home folder"
+        raise expected("VITUP_FAST_CACHE", "a folder for launch settings", got) from error
+    return base / "configs" / config_file_name(device_name)
 
 
 def config_file_name(device_name: str) -> str:
@@ -331,31 +341,80 @@ def _version(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read launch settings: Triton version, kind of dtype, role and width (or ``"default"``) lead to numbers.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else; names the place in it.
+    """
+    try:
+        if not path.is_file():  # opening a pipe would wait for its other end
+            raise IsADirectoryError("not a file")
+        settings = json.loads(path.read_bytes())
+        _check_settings(settings, ("Triton version", "kind", "role", "width"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise expected(
+            brief(path, 200),
+            "launch settings as JSON",
+            reason,
+            "Remove the file, and run `vitup-fast tune` to make it anew.",
+        ) from error
+    return settings
+
+
+def _check_settings(settings: object, levels: Sequence[str], place: str = "the file") -> None:
+    """Raise a ValueError that names the first place where launch settings are something else."""
+    if not isinstance(settings, dict) or not (settings or levels):
+        raise ValueError(f"{brief(json.dumps(settings))} as {place}")
+    for key, value in settings.items():
+        name = f"{brief(key)!r} in {place}"
+        if levels:
+            if levels[0] == "Triton version" and not re.fullmatch(r"\d{1,9}\.\d{1,9}(\..*)?", key):
+                raise ValueError(f"the Triton version {name}")
+            _check_settings(value, levels[1:], name)
+        else:
+            least, most = (16, 1024) if key.startswith("BLOCK_") else (1, 32 if key == "num_warps" else 1024)
+            power_of_two = key.startswith("BLOCK_") or key == "num_warps"
+            valid = type(value) is int and least <= value <= most
+            if not valid or (power_of_two and value & (value - 1)):
+                raise ValueError(f"{brief(json.dumps(value))} as {name}")
+
+
 def _for_this_triton(by_version: Mapping[str, Any]) -> Mapping[str, Any]:
     """Settings of the newest Triton version that is not newer than the running one, else of the oldest."""
     running = _version(triton.__version__)
     known = sorted(by_version, key=_version)
     suitable = [v for v in known if _version(v) <= running]
-    return by_version[suitable[-1] if suitable else known[0]]
+    return by_version[suitable[-1] if suitable else known[0]] if known else {}
+
+
+def _user_settings(device_name: str) -> list[Path]:
+    """The user's settings file if there is one; without a home folder, or one that is closed, there is none."""
+    try:
+        path = user_settings_path(device_name)
+        path.stat()
+    except FileNotFoundError:
+        return []
+    except (OSError, InputError) as error:
+        if not os.environ.get("VITUP_FAST_CACHE"):
+            return []
+        if isinstance(error, InputError):
+            raise
+        raise expected(
+            "VITUP_FAST_CACHE", "a folder for launch settings", f"{brief(path.parents[1])} ({error.strerror})"
+        ) from error
+    return [path]
 
 
 @cache
-def _tables(device_name: str, capability: int) -> list[Mapping[str, Any]]:
+def _tables(device_name: str, capability: int) -> list[tuple[Path, Mapping[str, Any]]]:
     """Tables of settings to look up in turn: the user's, this GPU's, this architecture's, an older one's."""
     known = sorted(int(path.stem.removeprefix("sm_")) for path in CONFIGS.glob("sm_*.json"))
     architectures = [sm for sm in reversed(known) if sm <= capability] or known[:1]
-    paths = [user_settings_path(device_name), CONFIGS / config_file_name(device_name)]
-    paths += [CONFIGS / f"sm_{sm}.json" for sm in architectures]
-    tables = []
-    for path in paths:
-        if path.is_file():
-            try:
-                tables.append(_for_this_triton(json.loads(path.read_text())))
-            except (ValueError, IndexError, AttributeError) as error:
-                raise expected(
-                    str(path), "launch settings as JSON, by Triton version", error, "Run `vitup-fast tune`."
-                ) from error
-    return tables
+    shipped = [CONFIGS / config_file_name(device_name), *(CONFIGS / f"sm_{sm}.json" for sm in architectures)]
+    paths = [*_user_settings(device_name), *(path for path in shipped if path.is_file())]
+    return [(path, _for_this_triton(read_settings(path))) for path in paths]
 
 
 @cache
@@ -386,10 +445,23 @@ def multiprocessors(x: Tensor) -> int:
 
 @cache
 def _setting(role: str, kind: str, width: int, device_name: str, capability: int) -> dict[str, Any]:
-    for table in _tables(device_name, capability):
-        by_width = table.get(kind, {}).get(role)
-        if by_width:
-            return dict(by_width.get(str(width), by_width["default"]))
+    tables = _tables(device_name, capability)
+    needed = tables[-1][1][kind][role]["default"].keys()
+    for path, table in tables:
+        by_width = table.get(kind, {}).get(role, {})
+        settings = by_width.get(str(width), by_width.get("default"))
+        if settings is None:
+            continue
+        missing, unknown = sorted(needed - settings), sorted(settings.keys() - needed - {*OPTIONS})
+        if missing or unknown:
+            fault = [f"none of {missing}"] * bool(missing) + [f"unknown {unknown}"] * bool(unknown)
+            raise expected(
+                brief(path, 200),
+                f"{sorted(needed)} for {role} in {kind}",
+                " and ".join(fault),
+                "Run `vitup-fast tune`.",
+            )
+        return dict(settings)
     raise LookupError(f"no launch settings for {role} in {kind}")
 
 
