@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
-from numbers import Integral
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import InputError, expected, require
+from ..errors import InputError, brief, expected, require
 from ..images import MEAN, STD
+from ..ops.checks import FEATURE_DTYPES, check_count, check_layer, check_plain
 from .config import ViTUpConfig
 
 LORA_PREFIX = "backbone.base_model.model."
@@ -38,22 +39,23 @@ class Backbone(nn.Module):
         layer_indices: depths to read; 0 is the embedding, i the output of block i (counted from 1).
 
     Raises:
-        InputError: the model is no vision transformer with square patches, or has too few blocks.
+        InputError: the model is no vision transformer with square patches, has too few blocks, or layers whose
+            parameters are read (the patch embedding) do not compute what these say: wrappers, hooks.
 
     """
 
     def __init__(self, model: nn.Module, layer_indices: Iterable[int]) -> None:
         super().__init__()
         _check_model(model)
-        self.layer_indices = tuple(int(index) for index in layer_indices)
+        self.layer_indices = tuple(check_count("layer_indices", index, 0) for index in layer_indices)
         depth = len(model.blocks)
-        if not self.layer_indices or min(self.layer_indices) < 0 or max(self.layer_indices) > depth:
+        if not self.layer_indices or max(self.layer_indices) > depth:
             raise expected("layer_indices", f"depths from 0 to {depth}, the model's last", self.layer_indices)
         self.model = model
 
     @classmethod
     def create(cls, config: ViTUpConfig, *, pretrained: bool = False) -> Backbone:
-        """Build the backbone that a configuration names.
+        """Build the backbone that a configuration names, with the same values whatever PyTorch's defaults are.
 
         Args:
             config: names the timm model, its options and the depths to read.
@@ -69,16 +71,17 @@ class Backbone(nn.Module):
         timm = require("timm", "timm", "building a backbone")
         options = {"num_classes": 0, "dynamic_img_size": True, **dict(config.backbone_options)}
         try:
-            model = timm.create_model(config.backbone, pretrained=pretrained, **options)
+            with plain_defaults():
+                model = timm.create_model(config.backbone, pretrained=pretrained, **options)
         except Exception as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
+            reason = brief(str(error).partition("\n")[0], 300) or type(error).__name__
             if pretrained:
                 raise InputError(
                     f"backbone: timm could not get the pretrained weights of {config.backbone!r} ({reason}); "
                     "pass a local file instead: backbone=PATH."
                 ) from error
             raise InputError(f"backbone: timm could not build {config.backbone!r} ({reason}).") from error
-        return cls(model, config.layer_indices)
+        return cls(model, config.layer_indices).to(torch.get_default_device(), torch.get_default_dtype())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move or cast the model; the rotary periods keep at least their precision."""
@@ -87,6 +90,13 @@ class Backbone(nn.Module):
         super()._apply(fn, recurse)
         for name, periods in before.items():
             cast = rope.get_buffer(name)
+            if periods.is_meta and not cast.is_meta:
+                raise expected(
+                    "backbone",
+                    "rotary periods that hold values",
+                    "a model built on the meta device",
+                    "Build the model on the CPU, then move it.",
+                )
             owner, _, leaf = name.rpartition(".")
             wide = torch.promote_types(cast.dtype, periods.dtype)
             setattr(rope.get_submodule(owner), leaf, periods.to(cast.device, wide))
@@ -130,9 +140,10 @@ class Backbone(nn.Module):
             One tensor [B, h, w, D] per layer index, with h, w = size / patch_size.
 
         Raises:
-            InputError: images or size do not fit.
+            InputError: images or size do not fit, or a layer whose parameters are read has hooks or a wrapper.
 
         """
+        _check_layers(self.model)
         self._check_images(images)
         patches = _checked_size(size, self.patch_size)
         weight = self.model.patch_embed.proj.weight
@@ -178,9 +189,10 @@ class Backbone(nn.Module):
             Patch embeddings [B, P, Q, D], in the autocast dtype where autocast is on, else in the weights'.
 
         Raises:
-            InputError: images or size do not fit.
+            InputError: images or size do not fit, or a layer whose parameters are read has hooks or a wrapper.
 
         """
+        _check_layers(self.model)
         self._check_images(images)
         size = _checked_size(size, 1)
         embed = self.model.patch_embed
@@ -206,11 +218,11 @@ class Backbone(nn.Module):
             scaling: alpha / r.
 
         Raises:
-            InputError: adapters are there already, the rank is not positive, or q, k and v are not fused.
+            InputError: adapters are there already, rank or scaling are no such numbers, or a layer that takes
+                adapters is missing (q, k and v must be fused), wrapped, hooked or parametrized.
 
         """
-        if rank < 1:
-            raise expected("rank", "a positive number", rank)
+        rank, scaling = check_count("rank", rank), check_scaling(scaling)
         sites = lora_sites(self)
         self.model.requires_grad_(False)
         for site in sites:
@@ -218,15 +230,23 @@ class Backbone(nn.Module):
             parametrize.register_parametrization(site.module, "weight", adapter)
 
     def merge_lora(self) -> None:
-        """Fold the adapters into the weights, in float64, and remove them."""
+        """Fold the adapters into the weights, in float64, and remove them.
+
+        Raises:
+            InputError: a merged weight is not finite in the weights' dtype; nothing has changed.
+        """
         if not self._adapters():
             return
-        for module, _ in _sites(self.model):
+        merged = {}
+        for module, names in _sites(self.model):
             original, (adapter,) = module.parametrizations.weight.original, module.parametrizations.weight
-            merged = merged_weight(original, adapter.lora_A, adapter.lora_B, adapter.scaling)
+            merged[module] = merged_weight(original, adapter.lora_A, adapter.lora_B, adapter.scaling)
+            if not merged[module].isfinite().all():
+                raise expected("adapters", "finite merged weights", f"NaN or infinity in {names[0]}")
+        for module, weight in merged.items():
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
             with torch.no_grad():
-                module.weight.copy_(merged)
+                module.weight.copy_(weight)
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:
@@ -298,10 +318,13 @@ class Backbone(nn.Module):
     def _check_images(self, images: Tensor) -> None:
         """Refuse what is not a batch of floating-point images with the model's channels."""
         channels = self.model.patch_embed.proj.in_channels
+        if not isinstance(images, Tensor):
+            raise expected("images", f"a tensor of shape (B, {channels}, H, W)", type(images).__name__)
+        check_plain("images", images)
         shape = tuple(images.shape)
         if images.ndim != 4 or shape[1] != channels or 0 in shape:
             raise expected("images", f"shape (B, {channels}, H, W), none of them zero", shape)
-        if not images.is_floating_point():
+        if images.dtype not in FEATURE_DTYPES:
             raise expected("images", "a floating dtype", images.dtype, "Convert and normalise them first.")
 
 
@@ -351,20 +374,50 @@ def lora_sites(backbone: Backbone) -> list[LoRASite]:
     """List the layers that take adapters: patch embedding, then q, k, v and o of every block.
 
     Raises:
-        InputError: adapters are there already, or the model's attention has no fused qkv.
+        InputError: adapters are there already, the model's attention has no fused qkv, or a layer is wrapped,
+            hooked or parametrized.
 
     """
+    if backbone.lora_parameters():
+        raise expected("backbone", "a model without adapters", "one with", "Call merge_lora() before.")
     for n, block in enumerate(backbone.model.blocks):
-        if not isinstance(getattr(getattr(block, "attn", None), "qkv", None), nn.Linear):
+        if getattr(getattr(block, "attn", None), "qkv", None) is None:
             raise expected(
                 "backbone",
                 f"one fused qkv layer in block {n}",
                 "none",
                 "Build the timm model with qkv_fused=True.",
             )
-    if backbone.lora_parameters():
-        raise expected("backbone", "a model without adapters", "one with", "Call merge_lora() before.")
-    return _sites(backbone.model)
+    sites = _sites(backbone.model)
+    for module, names in sites:
+        check_layer(names[0], module, nn.Conv2d if module is sites[0].module else nn.Linear)
+        if parametrize.is_parametrized(module, "weight"):
+            raise expected(
+                names[0],
+                "a weight without parametrizations",
+                ", ".join(type(p).__name__ for p in module.parametrizations.weight),
+                "Remove them first: torch.nn.utils.parametrize.remove_parametrizations.",
+            )
+    return sites
+
+
+def check_scaling(scaling: object) -> float:
+    """Return the scaling alpha / r of adapters, a finite number."""
+    if not isinstance(scaling, Real) or not math.isfinite(scaling):
+        raise expected("scaling", "a finite number", repr(scaling))
+    return float(scaling)
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Build modules as in a fresh process: in float32 on the CPU, outside of autocast and inference mode."""
+    dtype = torch.get_default_dtype()
+    with torch.inference_mode(False), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 @torch.no_grad()
@@ -397,13 +450,29 @@ def _check_model(model: nn.Module) -> None:
         raise expected("model", "a timm vision transformer", f"one without {', '.join(missing)}")
     if not all(hasattr(block, "norm1") for block in model.blocks):
         raise expected("model", "blocks that begin with a norm1", type(model.blocks[0]).__name__)
-    proj = getattr(model.patch_embed, "proj", None)
-    if not isinstance(proj, nn.Conv2d) or proj.kernel_size != proj.stride or len(set(proj.stride)) > 1:
+    _check_layers(model)
+    proj = model.patch_embed.proj
+    square = proj.kernel_size == proj.stride and len(set(proj.stride)) == 1
+    padded = proj.padding not in ("valid", (0, 0)) or proj.dilation != (1, 1)
+    if not square or padded or proj.groups != 1:
         raise expected("model", "a convolution over square patches as patch_embed.proj", proj)
     if not getattr(model, "dynamic_img_size", False):
         raise expected(
             "model", "a timm model for any image size", "a fixed size", "Build it with dynamic_img_size=True."
         )
+
+
+def _check_layers(model: nn.Module) -> None:
+    """Check the layers whose parameters are read here, or by timm, without a call."""
+    layers = require("timm.layers", "timm", "reading a backbone")
+    check_layer("model", model, type(model))
+    check_layer("model.patch_embed", model.patch_embed, layers.PatchEmbed)
+    check_layer("model.patch_embed.proj", model.patch_embed.proj, nn.Conv2d)
+    for n, block in enumerate(model.blocks):
+        attention = getattr(block, "attn", None)
+        biased = getattr(attention, "q_bias", None) is not None  # timm joins three biases to the fused weight
+        if biased and attention.qkv is not None and not getattr(attention, "qkv_bias_separate", False):
+            check_layer(f"model.blocks.{n}.attn.qkv", attention.qkv, nn.Linear)
 
 
 def _checked_size(size: tuple[int, int], unit: int) -> tuple[int, int]:
@@ -421,7 +490,8 @@ def _resize_dtype(images: Tensor, weight: Tensor) -> torch.dtype:
 
 def _bilinear_positions(source: int, target: int, count: int) -> tuple[Tensor, Tensor]:
     """Return floor and fraction of ``(i + 0.5) * source / target - 0.5`` for i < count, computed exactly."""
-    numerator = (2 * torch.arange(count, device="cpu") + 1) * source - target
+    index = torch.arange(count, dtype=torch.int64, device="cpu")
+    numerator = (2 * index + 1) * source - target
     floor = torch.div(numerator, 2 * target, rounding_mode="floor")
     return floor, (numerator - floor * 2 * target).double() / (2 * target)  # [count], [count]
 
@@ -430,34 +500,47 @@ class _Axis(NamedTuple):
     """How the patches of one axis see the source pixels.
 
     Patch ``k * period + i`` reads ``width`` pixels from ``starts[i] + k * stride`` on, in the source padded
-    by ``padding`` copies of its border pixels, and ``matrices[i]`` interpolates its pixels from them.
+    by ``padding`` copies of its border pixels.
     """
 
+    source: int
+    patches: int
+    patch: int
     stride: int
     period: int
     width: int
     starts: list[int]
     padding: tuple[int, int]
-    matrices: Tensor  # [period, patch, width], float64
+
+    def matrices(self) -> Tensor:
+        """Interpolation of each phase's pixels from those it reads; ``[period, patch, width]``, float64, CPU."""
+        floor, fraction = _bilinear_positions(
+            self.source, self.patches * self.patch, self.period * self.patch
+        )
+        floor, fraction = (t.view(self.period, self.patch) for t in (floor, fraction))
+        tap = (floor - floor[:, :1])[..., None]  # [period, patch, 1]
+        matrices = torch.zeros(self.period, self.patch, self.width, dtype=torch.float64, device="cpu")
+        matrices = matrices.scatter(2, tap, 1 - fraction[..., None])
+        return matrices.scatter_add(2, (tap + 1).clamp(max=self.width - 1), fraction[..., None])
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # the cached matrices outlive the mode of the first call
 def _fold_axis(source: int, patches: int, patch: int) -> _Axis:
     """Plan one axis; copies of the border pixels stand for the clamping, so only the phases differ."""
     repeats = math.gcd(source, patches)
     stride, period = source // repeats, patches // repeats
-    floor, fraction = _bilinear_positions(source, patches * patch, period * patch)
-    floor, fraction = floor.view(period, patch), fraction.view(period, patch)
-    first = floor[:, 0]  # [period]
-    tap = floor - first[:, None]  # [period, patch]
-    width = int((tap + (fraction > 0)).max()) + 1
-    matrices = torch.zeros(period, patch, width, dtype=torch.float64, device="cpu")
-    matrices.scatter_(2, tap[..., None], 1 - fraction[..., None])
-    matrices.scatter_add_(2, (tap + 1).clamp(max=width - 1)[..., None], fraction[..., None])
-    before = max(0, -int(first.min()))
-    after = max(0, int(first.max()) + (repeats - 1) * stride + width - source)
-    return _Axis(stride, period, width, (first + before).tolist(), (before, after), matrices)
+
+    def position(pixel: int) -> tuple[int, int]:
+        """Source pixels below and above the centre of a target pixel."""
+        floor, rest = divmod((2 * pixel + 1) * source - patches * patch, 2 * patches * patch)
+        return floor, floor + (rest > 0)
+
+    first = [position(i * patch)[0] for i in range(period)]
+    width = max(position((i + 1) * patch - 1)[1] - first[i] + 1 for i in range(period))
+    before = max(0, -min(first))
+    after = max(0, max(first) + (repeats - 1) * stride + width - source)
+    starts = [start + before for start in first]
+    return _Axis(source, patches, patch, stride, period, width, starts, (before, after))
 
 
 def _axes(images: Tensor, weight: Tensor, size: tuple[int, int]) -> tuple[_Axis, _Axis]:
@@ -487,7 +570,10 @@ def _embed_folded(
     """Embed with weights into which the interpolation is folded: one small convolution per pair of phases."""
     rows, columns = _axes(images, weight, size)
     kernels = torch.einsum(
-        "dcuv,iuy,jvx->ijdcyx", weight.to(images.dtype), rows.matrices.to(images), columns.matrices.to(images)
+        "dcuv,iuy,jvx->ijdcyx",
+        weight.to(images.dtype),
+        rows.matrices().to(images),
+        columns.matrices().to(images),
     ).to(dtype)  # [row phases, column phases, D, C, window]
     bias = None if bias is None else bias.to(dtype)
     padded = F.pad(images, (*columns.padding, *rows.padding), mode="replicate").to(dtype)

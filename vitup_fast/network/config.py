@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import expected
+from ..ops.checks import check_count
 
 ROPE_BASE = 100.0
 POSITION_CODE_BANDS = 16
@@ -27,7 +29,7 @@ class ViTUpConfig:
         patch_grid_density: patches of the fine patch grid per hidden-state token, along each axis.
 
     Raises:
-        InputError: the sizes do not fit each other.
+        InputError: a size is no integer of its range, or the sizes do not fit each other.
     """
 
     dim: int
@@ -39,14 +41,31 @@ class ViTUpConfig:
     patch_grid_density: int = 8
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layer_indices", tuple(int(i) for i in self.layer_indices))
-        if self.num_heads < 1 or self.dim < 1 or self.dim % (4 * self.num_heads):
+        for name in ("dim", "num_heads", "hidden_size", "patch_grid_density"):
+            self._set(name, check_count(name, getattr(self, name)))
+        if self.dim % (4 * self.num_heads):
             raise expected(
                 "dim", "a positive multiple of 4 * num_heads", f"dim={self.dim}, num_heads={self.num_heads}"
             )
+        if isinstance(self.layer_indices, str | bytes) or not isinstance(self.layer_indices, Iterable):
+            raise expected("layer_indices", "at least two ascending depths from 0", repr(self.layer_indices))
+        self._set("layer_indices", tuple(check_count("layer_indices", i, 0) for i in self.layer_indices))
         ascending = all(a < b for a, b in zip(self.layer_indices, self.layer_indices[1:], strict=False))
         if len(self.layer_indices) < 2 or self.layer_indices[0] != 0 or not ascending:
             raise expected("layer_indices", "at least two ascending depths from 0", self.layer_indices)
+        if self.backbone is not None and not isinstance(self.backbone, str):
+            raise expected("backbone", "the name of a timm model, or None", repr(self.backbone))
+        options = self.backbone_options
+        valid = isinstance(options, tuple | list) and all(
+            isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str) for pair in options
+        )
+        if not valid or len({name for name, _ in options}) < len(options):
+            raise expected("backbone_options", 'pairs such as (("depth", 4),), one for a name', repr(options))
+        self._set("backbone_options", tuple((name, value) for name, value in options))
+
+    def _set(self, name: str, value: object) -> None:
+        """Set a field of this frozen class while it is made."""
+        object.__setattr__(self, name, value)
 
     @property
     def head_dim(self) -> int:
@@ -65,7 +84,7 @@ class ViTUpConfig:
         Raises:
             InputError: the name is unknown.
         """
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise expected("name", f"one of {sorted(PRESETS)}", repr(name))
         return PRESETS[name]
 

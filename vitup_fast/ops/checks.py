@@ -64,7 +64,7 @@ def check_layer(name: str, layer: nn.Module, kind: type[nn.Module]) -> None:
     if hooks or not inherited:
         raise expected(
             name,
-            f"a plain nn.{kind.__name__}, since its parameters are read and it is never called",
+            f"a plain {kind.__name__}, since its parameters are read and it is never called",
             ", ".join(hooks) if inherited else f"{type(layer).__module__}.{type(layer).__qualname__}",
             "Merge what wraps it and remove its hooks; parametrizations (torch.nn.utils.parametrize) are honoured.",
         )
