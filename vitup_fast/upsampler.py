@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError, expected, require
+from .errors import InputError, brief, expected, require
 from .heads import Head
 from .images import normalise
-from .network.backbone import Backbone
+from .network.backbone import Backbone, plain_defaults
 from .network.checkpoint import (
     PublishedTensors,
+    check_finite,
+    checkpoint_path,
     load_backbone,
     load_strict,
     merge_lora,
@@ -29,7 +31,7 @@ from .network.config import ViTUpConfig
 from .network.image_cache import ImageCache
 from .network.model import ViTUp, check_size
 from .network.weights import Snapshot, ordinary_tensors, parameters_and_buffers, recordable
-from .ops.checks import COORDINATE_DTYPES, check_coords
+from .ops.checks import COORDINATE_DTYPES, FEATURE_DTYPES, check_budget, check_coords
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -363,6 +365,8 @@ def load(
 ) -> Upsampler:
     """Load a ViT-Up model for inference: parameters frozen, LoRA merged into the backbone.
 
+    The model is the same whatever PyTorch's default dtype and device are, and inside of autocast or inference mode.
+
     Args:
         model: ``"vit_up_dinov3_splus"``, ``"vit_up_dinov3_base"`` (or ``"splus"``, ``"base"``), or ``"tiny"``.
         weights: None fetches the published file from the Hugging Face hub (``HF_HUB_OFFLINE=1`` restricts that
@@ -383,57 +387,74 @@ def load(
         InputError: an argument that does not fit.
         MissingPackageError: an optional package is needed.
     """
-    name = ALIASES.get(model, model)
+    name = ALIASES.get(model, model) if isinstance(model, str) else None
     if name not in PRESET_OF:
         raise expected("model", f"one of {sorted((*PRESET_OF, *ALIASES))}", repr(model))
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise expected("dtype", "a floating torch.dtype", repr(dtype))
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
-    except RuntimeError as error:
-        raise expected("device", "a torch device such as 'cpu' or 'cuda'", repr(device)) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise expected("device", "a device that this PyTorch can use", device)
+    if dtype is not None and dtype not in FEATURE_DTYPES:
+        raise expected("dtype", "a floating torch.dtype of 16, 32 or 64 bits", repr(dtype))
+    if weights is not None and not isinstance(weights, str):
+        weights = checkpoint_path("weights", weights)
+    if backbone is not None:
+        backbone = checkpoint_path("backbone", backbone)
+    device = _usable_device(device)
+    query_chunk_size, max_memory = check_budget(query_chunk_size, max_memory)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = ViTUpConfig.preset(PRESET_OF[name])
 
-    if weights == "random":
-        network, vit = seeded_network(config)
-        if backbone is not None:
-            load_backbone(vit, backbone)
-        warnings.warn(
-            f"{name}: these are seeded random weights, good for trying the library out; the features mean nothing.",
-            stacklevel=2,
+    with plain_defaults():
+        if weights == "random":
+            network, vit = seeded_network(config)
+            if backbone is not None:
+                load_backbone(vit, backbone)
+            warnings.warn(
+                f"{name}: these are seeded random weights, good for trying the library out; the features mean nothing.",
+                stacklevel=2,
+            )
+        else:
+            path = _fetch(name, revision) if weights is None else weights
+            published = split_published(read_tensors(path))
+            network = ViTUp(config)
+            load_strict(network, published.vit_up, brief(path, 300))
+            vit = _load_vit(config, backbone, published)
+            if published.lora:
+                merge_lora(vit, published.lora)
+        upsampler = Upsampler(
+            network,
+            vit,
+            hidden_layer_img_size=hidden_layer_img_size,
+            query_chunk_size=query_chunk_size,
+            max_memory=max_memory,
+            model_name=name,
+            weights=f"{HUB_REPOSITORY}@{revision}" if weights is None else str(weights),
         )
-    else:
-        path = _fetch(name, revision) if weights is None else Path(weights)
-        published = split_published(read_tensors(path))
-        network = ViTUp(config)
-        load_strict(network, published.vit_up, str(path))
-        vit = _load_vit(config, backbone, published)
-        if published.lora:
-            merge_lora(vit, published.lora)
-    upsampler = Upsampler(
-        network,
-        vit,
-        hidden_layer_img_size=hidden_layer_img_size,
-        query_chunk_size=query_chunk_size,
-        max_memory=max_memory,
-        model_name=name,
-        weights=f"{HUB_REPOSITORY}@{revision}" if weights is None else str(weights),
-    )
-    return upsampler.to(device, dtype).eval().requires_grad_(False)
+        upsampler = upsampler.to(device, dtype).eval().requires_grad_(False)
+        check_finite(upsampler.state_dict(), f"weights as {dtype}")
+    return upsampler
+
+
+def _usable_device(device: str | torch.device | int | None) -> torch.device:
+    """Return a device on which this PyTorch can hold numbers; None takes a GPU if there is one."""
+    try:
+        usable = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+        if usable.type != "meta":
+            torch.empty(0, dtype=torch.float32, device=usable)
+            return usable
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise expected(
+            "device", "a torch device that this PyTorch can use, such as 'cpu' or 'cuda'", repr(device)
+        ) from error
+    raise expected("device", "a torch device that holds numbers, such as 'cpu' or 'cuda'", repr(device))
 
 
 def seeded_network(config: ViTUpConfig) -> tuple[ViTUp, Backbone]:
-    """Make a seeded random network, leaving PyTorch's generator as it was.
+    """Make a seeded random network, the same whatever PyTorch's defaults are, leaving its generators as they were.
 
     Every part is active, but a query moves little on its walk and the decoders are close to the identity, so that
     features show the image as a random patch embedding sees it.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(RANDOM_SEED)
+    with plain_defaults(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(RANDOM_SEED)
         network, vit = ViTUp(config), Backbone.create(config)
         for block in network.vit_up_blocks:
             nn.init.trunc_normal_(block.featx.gamma_beta_mlp.mlp[-1].weight, std=0.02)
@@ -441,7 +462,8 @@ def seeded_network(config: ViTUpConfig) -> tuple[ViTUp, Backbone]:
             for weight in (*(layer.weight for layer in updates), block.norm_h_local.weight):
                 weight.mul_(RANDOM_UPDATE)
         for decoder in network.decoder_mlp:
-            decoder.mlp[-1].weight.mul_(RANDOM_UPDATE).add_(torch.eye(config.dim))
+            linear = decoder.mlp[-1].weight
+            linear.mul_(RANDOM_UPDATE).add_(torch.eye(config.dim, dtype=linear.dtype, device=linear.device))
         return network, vit
 
 
@@ -451,9 +473,9 @@ def _fetch(name: str, revision: str) -> Path:
     try:
         return Path(hub.hf_hub_download(HUB_REPOSITORY, f"{name}.safetensors", revision=revision))
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = brief(str(error).partition("\n")[0], 300) or type(error).__name__
         raise WeightsUnavailableError(
-            f"weights: cannot fetch {name}.safetensors from {HUB_REPOSITORY}@{revision} ({reason}) "
+            f"weights: cannot fetch {name}.safetensors from {HUB_REPOSITORY}@{brief(revision)} ({reason}) "
             "Pass weights=PATH to a local file, or weights='random' to try the library out."
         ) from error
 

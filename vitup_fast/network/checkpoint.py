@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import stat
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, expected, require
+from ..errors import CheckpointError, InputError, brief, expected, require
+from ..ops.checks import FEATURE_DTYPES, check_plain, check_values
 from .backbone import (
     PUBLISHED_LORA_SCALING,
     Backbone,
     LoRASite,
+    check_scaling,
     lora_key,
     lora_shapes,
     lora_sites,
@@ -54,7 +57,20 @@ class PublishedTensors(NamedTuple):
     backbone: dict[str, Tensor]
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def checkpoint_path(argument: str, path: str | bytes | os.PathLike[str]) -> Path:
+    """Return the path that an argument names, with ``~`` as the home folder.
+
+    Raises:
+        InputError: it is no path.
+
+    """
+    try:
+        return Path(os.fsdecode(path)).expanduser()
+    except (TypeError, RuntimeError) as error:
+        raise expected(argument, "the path of a file", repr(path)) from error
+
+
+def read_tensors(path: str | bytes | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the tensors of a ``.safetensors`` file, or of a torch checkpoint, onto the CPU.
 
     A ``{"state_dict": ...}`` around the tensors is opened and what lies beside it is left alone. Code inside
@@ -62,36 +78,45 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     overwrite it while they are in use.
 
     Raises:
-        CheckpointError: the file is missing, empty, damaged, or holds anything but named tensors.
+        CheckpointError: the file is missing, empty, damaged, or holds anything but named tensors with values.
+        InputError: ``path`` is no path.
         MissingPackageError: safetensors is needed and not installed.
 
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file.")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: expected a checkpoint file, got a directory.")
+    path = checkpoint_path("path", path)
+    shown = brief(path, 300)
     try:
-        if not path.stat().st_size:
-            raise CheckpointError(f"{path}: the file is empty.")
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(
+            f"{shown}: " + ("a link to no file." if path.is_symlink() else "no such file.")
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{shown}: not a readable checkpoint ({_reason(error)}).") from error
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+        raise CheckpointError(f"{shown}: expected a checkpoint file, got {kind}.")
+    if not status.st_size:
+        raise CheckpointError(f"{shown}: the file is empty.")
+    try:
         if path.suffix == ".safetensors":
             content = require("safetensors.torch", "timm", "reading .safetensors files").load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (CheckpointError, ImportError):
+    except ImportError:
         raise
     except Exception as error:  # whatever a damaged file makes the readers raise
-        raise CheckpointError(f"{path}: not a readable checkpoint ({_reason(error)}).") from error
+        raise CheckpointError(f"{shown}: not a readable checkpoint ({_reason(error)}).") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        beside = [n for n, value in content.items() if isinstance(value, Tensor) and "." in str(n)]
+        if beside:
+            raise CheckpointError(f"{shown}: holds tensors beside its state_dict: {_listing('', beside)}.")
         content = content["state_dict"]
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: expected named tensors, got {type(content).__name__}.")
+        raise CheckpointError(f"{shown}: expected named tensors, got {type(content).__name__}.")
     if not content:
-        raise CheckpointError(f"{path}: holds no tensors.")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: expected named tensors, got {type(value).__name__} as {name!r}.")
-    return dict(content)
+        raise CheckpointError(f"{shown}: holds no tensors.")
+    return _named_tensors(content, shown)
 
 
 def split_published(tensors: Mapping[str, Tensor]) -> PublishedTensors:
@@ -102,15 +127,16 @@ def split_published(tensors: Mapping[str, Tensor]) -> PublishedTensors:
     ``base_layer``.
 
     Raises:
-        CheckpointError: two keys lead to one name.
+        CheckpointError: two keys lead to one name, or anything but named tensors with values.
 
     """
     parts = PublishedTensors({}, {}, {})
     origins: dict[tuple[int, str], str] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in _named_tensors(tensors, "checkpoint").items():
         part, name = _published_name(key)
         if (part, name) in origins:
-            raise CheckpointError(f"checkpoint: {origins[part, name]!r} and {key!r} are both {name!r}.")
+            first, second, both = (f"{brief(n)!r}" for n in (origins[part, name], key, name))
+            raise CheckpointError(f"checkpoint: {first} and {second} are both {both}.")
         origins[part, name] = key
         parts[part][name] = tensor
     return parts
@@ -125,18 +151,16 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
         source: where the tensors come from, for the message.
 
     Raises:
-        CheckpointError: names are missing or unexpected, or shapes differ; all of it is in the message.
+        CheckpointError: names are missing or unexpected, shapes or kinds of dtype differ, or values are not
+            finite in the module's dtypes; all of it is in the message.
 
     """
     own = module.state_dict()
+    tensors = _named_tensors(tensors, source)
     misfits = [
-        f"{name} {_described(tensors[name])} instead of {_described(own[name])}"
+        f"{brief(name)} {_described(tensors[name])} instead of {_described(own[name])}"
         for name in own
-        if name in tensors
-        and (
-            tensors[name].shape != own[name].shape
-            or tensors[name].is_floating_point() != own[name].is_floating_point()
-        )
+        if name in tensors and not _alike(tensors[name], own[name])
     ]
     problems = [
         _listing("missing", [name for name in own if name not in tensors]),
@@ -146,9 +170,22 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     if any(problems):
         fault = "; ".join(filter(None, problems))
         raise CheckpointError(f"{source}: does not fit the network: {fault}.{_width_hint(own, tensors)}")
-    with torch.no_grad():
-        for name, target in own.items():
-            target.copy_(tensors[name])
+    _copy_all({name: (target, tensors[name]) for name, target in own.items()}, source)
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Check that tensors hold finite numbers; ``source`` is where they come from, for the message.
+
+    Raises:
+        CheckpointError: NaN or infinity, with the first names.
+
+    """
+    faulty = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if faulty:
+        dtypes = sorted({str(tensors[name].dtype) for name in faulty})
+        raise CheckpointError(
+            f"{source}: NaN, infinity or numbers too large for {' and '.join(dtypes)} in {_listing('', faulty)}."
+        )
 
 
 def dinov3_to_timm(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -165,17 +202,19 @@ def dinov3_to_timm(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str,
         CheckpointError: a name is unknown or doubled, q, k or v is missing, or a nonzero bias has no place.
 
     """
+    tensors = _named_tensors(tensors, "backbone")
     if any(name.startswith(("blocks.", "patch_embed.")) for name in tensors):
         return dict(tensors)
     public: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = _public_name(key)
         if name in public:
-            raise CheckpointError(f"backbone: {name!r} is there twice, with and without a prefix.")
+            raise CheckpointError(f"backbone: {brief(name)!r} is there twice, with and without a prefix.")
         public[name] = tensor
     public.pop("embeddings.mask_token", None)
 
-    own = model.state_dict().keys()
+    own = model.state_dict()
+    largest = max(t.numel() for t in own.values())
     gated = any(".mlp.gate_proj." in name for name in public)
     renamed: dict[str, Tensor] = {}
     projections: dict[tuple[str, str], Tensor] = {}
@@ -188,7 +227,7 @@ def dinov3_to_timm(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str,
                 projections[layer, part] = tensor
             elif bias in own:
                 renamed[bias] = tensor
-            elif tensor.count_nonzero():
+            elif tensor.dtype not in FEATURE_DTYPES or tensor.numel() > largest or tensor.count_nonzero():
                 raise CheckpointError(f"backbone: {name} is not zero, and the model has no {bias}.")
         elif target := _timm_name(name, gated):
             renamed[target] = tensor
@@ -196,10 +235,10 @@ def dinov3_to_timm(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str,
             unknown.append(name)
     if unknown:
         raise CheckpointError(f"backbone: not DINOv3 weights: {_listing('unexpected', unknown)}.")
-    return renamed | _fused_projections(projections)
+    return renamed | _fused_projections(projections, own)
 
 
-def load_backbone(backbone: Backbone, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
+def load_backbone(backbone: Backbone, source: str | bytes | os.PathLike[str] | Mapping[str, Tensor]) -> None:
     """Load base weights into a backbone without adapters, strictly.
 
     Args:
@@ -214,7 +253,7 @@ def load_backbone(backbone: Backbone, source: str | os.PathLike[str] | Mapping[s
     if backbone.lora_parameters():
         raise expected("backbone", "a model without adapters", "one with", "Load its weights first.")
     tensors = source if isinstance(source, Mapping) else read_tensors(source)
-    name = "backbone" if isinstance(source, Mapping) else str(source)
+    name = "backbone" if isinstance(source, Mapping) else brief(os.fsdecode(source), 300)
     load_strict(backbone.model, dinov3_to_timm(tensors, backbone.model), name)
 
 
@@ -226,16 +265,22 @@ def merge_lora(
     Args:
         backbone: a backbone without adapters.
         lora_tensors: adapters as :func:`split_published` returns them, two for every adapted projection.
-        scaling: alpha / r.
+        scaling: alpha / r, a finite number.
 
     Raises:
-        CheckpointError: adapters are missing or unexpected, or have wrong shapes.
-        InputError: the backbone has adapters, or its attention no fused qkv.
+        CheckpointError: adapters are missing or unexpected, have wrong shapes, or are not finite once merged.
+        InputError: the backbone has adapters, its attention no fused qkv, or layers with hooks or wrappers.
 
     """
-    with torch.no_grad():
-        for site, lora_a, lora_b in _matched_adapters(backbone, lora_tensors):
-            site.module.weight.copy_(merged_weight(site.module.weight, lora_a, lora_b, scaling))
+    scaling = check_scaling(scaling)
+    merged = {
+        ", ".join(site.names): (
+            site.module.weight.detach(),
+            merged_weight(site.module.weight, lora_a, lora_b, scaling),
+        )
+        for site, lora_a, lora_b in _matched_adapters(backbone, lora_tensors)
+    }
+    _copy_all(merged, "LoRA adapters merged into the backbone")
 
 
 def attach_lora(
@@ -246,13 +291,14 @@ def attach_lora(
     Args:
         backbone: a backbone without adapters.
         lora_tensors: adapters as :func:`split_published` returns them, two for every adapted projection.
-        scaling: alpha / r.
+        scaling: alpha / r, a finite number.
 
     Raises:
-        CheckpointError: adapters are missing or unexpected, or have wrong shapes.
-        InputError: the backbone has adapters, or its attention no fused qkv.
+        CheckpointError: adapters are missing or unexpected, have wrong shapes, or are not finite.
+        InputError: the backbone has adapters, its attention no fused qkv, or layers with hooks or wrappers.
 
     """
+    scaling = check_scaling(scaling)
     adapters = _matched_adapters(backbone, lora_tensors)
     backbone.add_lora(adapters[0][1].shape[1], scaling)
     with torch.no_grad():
@@ -264,7 +310,7 @@ def attach_lora(
 
 def _published_name(key: str) -> tuple[int, str]:
     """Return the field of PublishedTensors to which a key belongs, and its name there."""
-    segments = [segment for segment in key.split(".") if segment != "_orig_mod"]
+    segments = [segment for segment in key.split(".") if segment != "_orig_mod"] or [key]
     while segments[0] in _TRAINING_PREFIXES and len(segments) > 1:
         segments.pop(0)
     name = ".".join(segments)
@@ -306,7 +352,9 @@ def _timm_name(name: str, gated: bool) -> str | None:
     return None
 
 
-def _fused_projections(projections: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
+def _fused_projections(
+    projections: Mapping[tuple[str, str], Tensor], own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Stack q, k and v of every layer, or say which one is missing or different."""
     fused = {}
     for layer in dict.fromkeys(layer for layer, _ in projections):
@@ -315,10 +363,21 @@ def _fused_projections(projections: Mapping[tuple[str, str], Tensor]) -> dict[st
         missing = [name for name, part in zip(names, parts, strict=True) if part is None]
         if missing:
             raise CheckpointError(f"backbone: {_listing('missing', missing)}.")
-        if len({part.shape for part in parts}) > 1:
-            shapes = ", ".join(_described(part) for part in parts)
-            raise CheckpointError(f"backbone: q, k and v of layer.{layer} differ in shape: {shapes}.")
-        fused[f"blocks.{layer}.attn.qkv.weight"] = torch.cat(parts)  # [3 D, D]
+        name = f"blocks.{layer}.attn.qkv.weight"
+        if len({(part.shape, part.dtype) for part in parts}) > 1:
+            shapes = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts)
+            raise CheckpointError(
+                f"backbone: q, k and v of layer.{layer} differ in shape or dtype: {shapes}."
+            )
+        if name not in own:
+            fused[name] = parts[0]  # refused by its name
+            continue
+        if not _alike(parts[0], own[name], (len(own[name]) // 3, *own[name].shape[1:])):
+            shape = _described(own[name][: len(own[name]) // 3])
+            raise CheckpointError(
+                f"backbone: q, k and v of layer.{layer} are {_described(parts[0])} instead of {shape}."
+            )
+        fused[name] = torch.cat(parts)  # [3 D, D]
     return fused
 
 
@@ -327,6 +386,7 @@ def _matched_adapters(
 ) -> list[tuple[LoRASite, Tensor, Tensor]]:
     """Return every site with its A [parts, r, in] and B [parts, out / parts, r], or say what does not fit."""
     sites = lora_sites(backbone)
+    tensors = _named_tensors(tensors, "LoRA adapters")
     first = tensors.get(lora_key(sites[0].names[0], "A"))
     rank = len(first) if first is not None and first.ndim else 0
     shapes: dict[str, tuple[int, ...]] = {}
@@ -340,15 +400,17 @@ def _matched_adapters(
         _listing(
             "misshapen",
             [
-                f"{key} {_described(tensors[key])} instead of {shape}"
+                f"{brief(key)} {_described(tensors[key])} instead of {shape}"
                 for key, shape in shapes.items()
-                if rank and key in tensors and tensors[key].shape != shape
+                if rank and key in tensors and not _alike(tensors[key], sites[0].module.weight, shape)
             ],
         ),
     ]
-    if not rank or any(problems):
-        fault = "; ".join(filter(None, problems)) or f"rank 0 in {lora_key(sites[0].names[0], 'A')}"
+    if not 0 < rank <= sites[0].module.weight[0].numel() or any(problems):
+        fault = "; ".join(filter(None, problems)) or f"rank {rank} in {lora_key(sites[0].names[0], 'A')}"
         raise CheckpointError(f"LoRA adapters do not fit the backbone: {fault}.")
+    dtype = sites[0].module.weight.dtype
+    check_finite({key: tensors[key].to(dtype) for key in shapes}, "LoRA adapters")
 
     def stacked(site: LoRASite, matrix: str) -> Tensor:
         """Stack one matrix of the site's parts."""
@@ -357,16 +419,73 @@ def _matched_adapters(
     return [(site, stacked(site, "A"), stacked(site, "B")) for site in sites]
 
 
+def _named_tensors(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return a dictionary of plain, dense tensors that hold values, or name what is something else."""
+    for name, value in tensors.items():
+        shown = f"{brief(name)!r}" if isinstance(name, str) else f"{type(name).__name__} {brief(name)}"
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{source}: expected named tensors, got {type(value).__name__} as {shown}.")
+        try:
+            check_plain(shown, value)
+            check_values(shown, value)
+        except InputError as error:
+            raise CheckpointError(f"{source}: {error}") from error
+    return dict(tensors)
+
+
+@torch.no_grad()
+def _copy_all(copies: Mapping[str, tuple[Tensor, Tensor]], source: str) -> None:
+    """Copy values into targets, by name (target, value), all of them or none."""
+    for name, (target, _) in copies.items():
+        if target.is_meta:
+            raise CheckpointError(
+                f"{source}: {brief(name)} of the network is on the meta device; call to_empty first."
+            )
+    written = {target.untyped_storage().data_ptr() for target, _ in copies.values()}
+    cast = {
+        name: value.to(target.device, target.dtype, copy=value.untyped_storage().data_ptr() in written)
+        for name, (target, value) in copies.items()
+    }
+    check_finite(cast, source)
+    done: list[tuple[Tensor, Tensor]] = []
+    name = ""
+    try:
+        for name, (target, _) in copies.items():
+            before = target.clone()
+            target.copy_(cast[name])
+            done.append((target, before))
+        for name, (target, _) in copies.items():
+            if not torch.equal(target, cast[name]):
+                raise ValueError("it shares memory with another that gets other values")
+    except BaseException as error:
+        for target, before in reversed(done):
+            target.copy_(before)
+        if not isinstance(error, Exception):
+            raise
+        raise CheckpointError(f"{source}: cannot write {brief(name)} ({_reason(error)}).") from error
+
+
+def _alike(tensor: Tensor, own: Tensor, shape: Sequence[int] | None = None) -> bool:
+    """Whether a tensor has the shape of the network's own and a dtype that may be cast to its dtype."""
+    dtypes = FEATURE_DTYPES if own.dtype in FEATURE_DTYPES else (own.dtype,)
+    return tensor.shape == (own.shape if shape is None else shape) and tensor.dtype in dtypes
+
+
 def _listing(label: str, names: Iterable[str]) -> str:
-    """Return ``"2 missing (a, b)"`` with the first few names, or nothing for none."""
+    """Return ``"2 missing (a, b)"`` with the first few names, or nothing for none; without a label the names."""
     names = list(names)
     more = ", ..." if len(names) > _LISTED_NAMES else ""
-    return f"{len(names)} {label} ({', '.join(names[:_LISTED_NAMES])}{more})" if names else ""
+    listed = (
+        ", ".join(brief(name, 200) if name.strip() else repr(name) for name in names[:_LISTED_NAMES]) + more
+    )
+    if not label:
+        return listed
+    return f"{len(names)} {label} ({listed})" if names else ""
 
 
 def _described(tensor: Tensor) -> str:
-    """Return a tensor's shape, and its dtype where that is not a floating one."""
-    return f"{tuple(tensor.shape)}" + ("" if tensor.is_floating_point() else f" {tensor.dtype}")
+    """Return a tensor's shape, and its dtype where that is none of a network's."""
+    return f"{tuple(tensor.shape)}" + ("" if tensor.dtype in FEATURE_DTYPES else f" {tensor.dtype}")
 
 
 def _width_hint(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
@@ -385,4 +504,5 @@ def _reason(error: Exception) -> str:
     """Return the first sentence of an error."""
     if isinstance(error, pickle.UnpicklingError):
         return "not tensors alone, in a format that torch.load takes with weights_only=True"
-    return (str(error).partition("\n")[0] or type(error).__name__).rstrip(". ")
+    text = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+    return brief(text.rstrip(". "), 300)
