@@ -390,9 +390,10 @@ def load(
     name = ALIASES.get(model, model) if isinstance(model, str) else None
     if name not in PRESET_OF:
         raise expected("model", f"one of {sorted((*PRESET_OF, *ALIASES))}", repr(model))
-    if dtype is not None and dtype not in FEATURE_DTYPES:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FEATURE_DTYPES):
         raise expected("dtype", "a floating torch.dtype of 16, 32 or 64 bits", repr(dtype))
-    if weights is not None and not isinstance(weights, str):
+    random = isinstance(weights, str) and weights == "random"
+    if weights is not None and not random:
         weights = checkpoint_path("weights", weights)
     if backbone is not None:
         backbone = checkpoint_path("backbone", backbone)
@@ -403,7 +404,7 @@ def load(
     config = ViTUpConfig.preset(PRESET_OF[name])
 
     with plain_defaults():
-        if weights == "random":
+        if random:
             network, vit = seeded_network(config)
             if backbone is not None:
                 load_backbone(vit, backbone)
@@ -475,7 +476,7 @@ def _fetch(name: str, revision: str) -> Path:
     except Exception as error:
         reason = brief(str(error).partition("\n")[0], 300) or type(error).__name__
         raise WeightsUnavailableError(
-            f"weights: cannot fetch {name}.safetensors from {HUB_REPOSITORY}@{brief(revision)} ({reason}) "
+            f"weights: cannot fetch {name}.safetensors from {HUB_REPOSITORY}@{brief(revision)} ({reason}). "
             "Pass weights=PATH to a local file, or weights='random' to try the library out."
         ) from error
 

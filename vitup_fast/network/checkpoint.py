@@ -65,9 +65,11 @@ def checkpoint_path(argument: str, path: str | bytes | os.PathLike[str]) -> Path
 
     """
     try:
-        return Path(os.fsdecode(path)).expanduser()
-    except (TypeError, RuntimeError) as error:
+        if name := os.fsdecode(path):
+            return Path(name).expanduser()
+    except (TypeError, RuntimeError) as error:  # RuntimeError: a user's home folder that is not there
         raise expected(argument, "the path of a file", repr(path)) from error
+    raise expected(argument, "the path of a file", "an empty one")
 
 
 def read_tensors(path: str | bytes | os.PathLike[str]) -> dict[str, Tensor]:
@@ -228,7 +230,8 @@ def dinov3_to_timm(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str,
             elif bias in own:
                 renamed[bias] = tensor
             elif tensor.dtype not in FEATURE_DTYPES or tensor.numel() > largest or tensor.count_nonzero():
-                raise CheckpointError(f"backbone: {name} is not zero, and the model has no {bias}.")
+                what = "not zero" if tensor.dtype in FEATURE_DTYPES else tensor.dtype
+                raise CheckpointError(f"backbone: {name} is {what}, and the model has no {bias}.")
         elif target := _timm_name(name, gated):
             renamed[target] = tensor
         else:
@@ -364,19 +367,16 @@ def _fused_projections(
         if missing:
             raise CheckpointError(f"backbone: {_listing('missing', missing)}.")
         name = f"blocks.{layer}.attn.qkv.weight"
-        if len({(part.shape, part.dtype) for part in parts}) > 1:
-            shapes = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts)
-            raise CheckpointError(
-                f"backbone: q, k and v of layer.{layer} differ in shape or dtype: {shapes}."
-            )
+        shapes = ", ".join(_described(part) for part in parts)
+        if len({part.shape for part in parts}) > 1:
+            raise CheckpointError(f"backbone: q, k and v of layer.{layer} differ in shape: {shapes}.")
         if name not in own:
             fused[name] = parts[0]  # refused by its name
             continue
-        if not _alike(parts[0], own[name], (len(own[name]) // 3, *own[name].shape[1:])):
-            shape = _described(own[name][: len(own[name]) // 3])
-            raise CheckpointError(
-                f"backbone: q, k and v of layer.{layer} are {_described(parts[0])} instead of {shape}."
-            )
+        rows, *columns = own[name].shape
+        shape = (rows // 3, *columns)
+        if not all(_alike(part, own[name], shape) for part in parts):
+            raise CheckpointError(f"backbone: q, k and v of layer.{layer} are {shapes} instead of {shape}.")
         fused[name] = torch.cat(parts)  # [3 D, D]
     return fused
 
@@ -426,8 +426,8 @@ def _named_tensors(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tens
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(f"{source}: expected named tensors, got {type(value).__name__} as {shown}.")
         try:
-            check_plain(shown, value)
             check_values(shown, value)
+            check_plain(shown, value)
         except InputError as error:
             raise CheckpointError(f"{source}: {error}") from error
     return dict(tensors)

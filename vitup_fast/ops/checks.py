@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import expected
@@ -65,7 +67,9 @@ def check_layer(name: str, layer: nn.Module, kind: type[nn.Module]) -> None:
         raise expected(
             name,
             f"a plain {kind.__name__}, since its parameters are read and it is never called",
-            ", ".join(hooks) if inherited else f"{type(layer).__module__}.{type(layer).__qualname__}",
+            ", ".join(hooks)
+            if inherited
+            else f"{type(layer).__module__}.{type(layer).__qualname__} with a forward of its own",
             "Merge what wraps it and remove its hooks; parametrizations (torch.nn.utils.parametrize) are honoured.",
         )
 
@@ -80,9 +84,15 @@ def check_plain(name: str, tensor: Tensor) -> None:
 
 
 def check_values(name: str, tensor: Tensor) -> None:
-    """Check that a tensor holds values, as those on the meta device do not."""
-    if tensor.is_meta:
-        raise expected(name, "a tensor that holds values", "one on the meta device")
+    """Check that a tensor holds values, as those on the meta device, fake and lazy ones do not."""
+    kinds = {
+        "on the meta device": tensor.is_meta,
+        "that is fake": is_fake(tensor),
+        "not yet made": is_lazy(tensor),
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise expected(name, "a tensor that holds values", f"one {kind}")
 
 
 def are_plain(*tensors: Tensor | None) -> bool:
