@@ -6,6 +6,7 @@ Any timm model with ``patch_embed``, ``blocks`` and ``norm`` will do; the publis
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -308,8 +309,9 @@ class Backbone(nn.Module):
         model = self.model
         if getattr(model, "pos_embed", None) is not None:
             prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
-            layers = require("timm.layers", "timm", "resampling position embeddings")
-            positions = layers.resample_abs_pos_embed(
+            from timm.layers import resample_abs_pos_embed
+
+            positions = resample_abs_pos_embed(
                 model.pos_embed, tokens.shape[1:3], model.patch_embed.grid_size, num_prefix_tokens=prefix
             )  # [1, prefix + P * Q, D]
             tokens = tokens + positions[:, prefix:].unflatten(1, tokens.shape[1:3])
@@ -326,6 +328,9 @@ class Backbone(nn.Module):
             raise expected("images", f"shape (B, {channels}, H, W), none of them zero", shape)
         if images.dtype not in FEATURE_DTYPES:
             raise expected("images", "a floating dtype", images.dtype, "Convert and normalise them first.")
+        device = next(self.model.parameters()).device
+        if images.device != device:
+            raise expected("images", f"device {device} like the backbone", images.device)
 
 
 class LoRA(nn.Module):
@@ -390,13 +395,12 @@ def lora_sites(backbone: Backbone) -> list[LoRASite]:
             )
     sites = _sites(backbone.model)
     for module, names in sites:
-        check_layer(names[0], module, nn.Conv2d if module is sites[0].module else nn.Linear)
-        if parametrize.is_parametrized(module, "weight"):
+        if not isinstance(module, nn.Linear | nn.Conv2d) or "weight" not in dict(module.named_parameters()):
             raise expected(
                 names[0],
-                "a weight without parametrizations",
-                ", ".join(type(p).__name__ for p in module.parametrizations.weight),
-                "Remove them first: torch.nn.utils.parametrize.remove_parametrizations.",
+                "a layer with a weight of its own",
+                f"{type(module).__module__}.{type(module).__qualname__}",
+                "Merge or remove what wraps it or makes its weight (weight_norm, prune, a parametrization).",
             )
     return sites
 
@@ -450,6 +454,7 @@ def _check_model(model: nn.Module) -> None:
         raise expected("model", "a timm vision transformer", f"one without {', '.join(missing)}")
     if not all(hasattr(block, "norm1") for block in model.blocks):
         raise expected("model", "blocks that begin with a norm1", type(model.blocks[0]).__name__)
+    require("timm.layers", "timm", "a backbone")
     _check_layers(model)
     proj = model.patch_embed.proj
     square = proj.kernel_size == proj.stride and len(set(proj.stride)) == 1
@@ -464,9 +469,10 @@ def _check_model(model: nn.Module) -> None:
 
 def _check_layers(model: nn.Module) -> None:
     """Check the layers whose parameters are read here, or by timm, without a call."""
-    layers = require("timm.layers", "timm", "reading a backbone")
+    from timm.layers import PatchEmbed
+
     check_layer("model", model, type(model))
-    check_layer("model.patch_embed", model.patch_embed, layers.PatchEmbed)
+    check_layer("model.patch_embed", model.patch_embed, PatchEmbed)
     check_layer("model.patch_embed.proj", model.patch_embed.proj, nn.Conv2d)
     for n, block in enumerate(model.blocks):
         attention = getattr(block, "attn", None)
@@ -477,7 +483,9 @@ def _check_layers(model: nn.Module) -> None:
 
 def _checked_size(size: tuple[int, int], unit: int) -> tuple[int, int]:
     """Return a size in units, or refuse one that is not two positive multiples."""
-    integers = isinstance(size, Sequence) and all(isinstance(n, Integral) for n in size)
+    integers = isinstance(size, Sequence) and all(
+        isinstance(n, Integral) and not isinstance(n, bool) for n in size
+    )
     if not integers or len(size) != 2 or any(n < 1 or n % unit for n in size):
         raise expected("size", "two positive integers" + (f", multiples of {unit}" if unit > 1 else ""), size)
     return int(size[0]) // unit, int(size[1]) // unit
@@ -545,8 +553,10 @@ def _fold_axis(source: int, patches: int, patch: int) -> _Axis:
 
 def _axes(images: Tensor, weight: Tensor, size: tuple[int, int]) -> tuple[_Axis, _Axis]:
     """Plan rows and columns."""
-    patch = weight.shape[-1]
-    return _fold_axis(images.shape[2], size[0], patch), _fold_axis(images.shape[3], size[1], patch)
+    height, width = (
+        operator.index(side) for side in images.shape[2:]
+    )  # the plan depends on the very numbers
+    return _fold_axis(height, size[0], weight.shape[-1]), _fold_axis(width, size[1], weight.shape[-1])
 
 
 def _folding_pays(images: Tensor, weight: Tensor, size: tuple[int, int]) -> bool:
@@ -620,9 +630,14 @@ def _embed_strips(
 
     grid = images.new_empty(len(images), *size, len(weight), dtype=dtype)
     step = max(1, _STRIP_ELEMENTS // (images.shape[0] * images.shape[1] * size[1] * patch**2))
+    trains = torch.is_grad_enabled() and (images.requires_grad or weight.requires_grad)
     for start in range(0, size[0], step):
         stop = min(start + step, size[0])
-        grid[:, start:stop] = checkpoint(embed, start, stop, use_reentrant=False, preserve_rng_state=False)
+        if trains:
+            strip = checkpoint(embed, start, stop, use_reentrant=False, preserve_rng_state=False)
+        else:
+            strip = embed(start, stop)
+        grid[:, start:stop] = strip
     return grid
 
 
