@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import contextlib
+import os
+import struct
+import warnings
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
+import vitup_fast.network.checkpoint as checkpoint_module
+from vitup_fast import load
 from vitup_fast.errors import CheckpointError, InputError
 from vitup_fast.network.backbone import Backbone
 from vitup_fast.network.checkpoint import (
@@ -18,6 +27,7 @@ from vitup_fast.network.checkpoint import (
     split_published,
 )
 from vitup_fast.network.config import ViTUpConfig
+from vitup_fast.upsampler import seeded_network
 
 timm = pytest.importorskip("timm")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -355,3 +365,481 @@ def test_adapters_that_do_not_fit(lora, load):
     attach_lora(backbone, lora)
     with pytest.raises(InputError, match="without adapters"):
         load(backbone, lora)
+
+
+def state_of(module):
+    return {name: t.clone() for name, t in module.state_dict().items()}
+
+
+def one_sentence(error):
+    text = str(error.value)
+    return text.isprintable() and len(text) < 1500
+
+
+WEIGHT = "decoder_mlp.0.mlp.1.weight"
+WITHOUT_NUMBERS = {
+    "sparse": (lambda t: t.to_sparse(), "dense tensor, got layout torch.sparse_coo"),
+    "compressed": (lambda t: t.flatten(1).to_sparse_csr(), "dense tensor, got layout torch.sparse_csr"),
+    "nested": (lambda t: torch.nested.nested_tensor([t, t]), "dense tensor, got a nested tensor"),
+    "jagged": (lambda t: torch.nested.nested_tensor([t, t], layout=torch.jagged), "got a nested tensor"),
+    "oneDNN": (lambda t: t.to_mkldnn(), "dense tensor, got layout torch._mkldnn"),
+    "meta": (lambda t: t.to("meta"), "holds values, got one on the meta device"),
+    "fake": (lambda t: FakeTensorMode().from_tensor(t), "holds values, got one that is fake"),
+    "lazy": (lambda t: nn.UninitializedParameter(), "holds values, got one not yet made"),
+    "None": (lambda t: None, "named tensors, got NoneType as"),
+    "list": (lambda t: t.tolist(), "named tensors, got list as"),
+    "NumPy": (lambda t: t.numpy(), "named tensors, got ndarray as"),
+    "integer": (lambda t: t.int(), "torch.int32"),
+    "boolean": (lambda t: t.bool(), "torch.bool"),
+    "complex": (lambda t: t.to(torch.complex64), "torch.complex64"),
+    "quantised": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "torch.qint8"),
+    "float8": (lambda t: t.to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+    "NaN": (
+        lambda t: t.masked_fill(torch.arange(t.numel()).view(t.shape) == 1, float("nan")),
+        "NaN, infinity",
+    ),
+    "infinite": (lambda t: t - float("inf"), "NaN, infinity"),
+    "1e39": (lambda t: t.double() + 1e39, "too large for torch.float32"),
+    "huge": (lambda t: t.flatten()[:1].expand(10**9, 10**9), r"\(1000000000, 1000000000\)"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), WITHOUT_NUMBERS.values(), ids=WITHOUT_NUMBERS)
+def test_tensors_without_finite_numbers_change_nothing(base, lora, published, spoil, message):
+    wanted = split_published(published).vit_up
+    module = network(wanted)
+    backbone, first = tiny_backbone(), next(iter(lora))
+    before = state_of(module), state_of(backbone)
+    for call in (
+        lambda: load_strict(module, wanted | {WEIGHT: spoil(wanted[WEIGHT])}, "a file"),
+        lambda: load_backbone(backbone, base | {"norm.weight": spoil(base["norm.weight"][None])}),
+        lambda: load_backbone(
+            backbone,
+            base
+            | {n: spoil(base[n]) for n in base if n.startswith("layer.3.attention.") and "k_proj.w" in n},
+        ),
+        lambda: load_backbone(backbone, base | {"layer.1.attention.k_proj.bias": spoil(torch.ones(1, 64))}),
+        lambda: merge_lora(backbone, lora | {first: spoil(lora[first])}),
+        lambda: attach_lora(backbone, lora | {first: spoil(lora[first])}),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            call()
+        assert one_sentence(caught)
+    assert same(module.state_dict(), before[0])
+    assert same(backbone.state_dict(), before[1])
+    with pytest.raises(CheckpointError, match=f"a file: .*{message}"):
+        load_strict(module, wanted | {WEIGHT: spoil(wanted[WEIGHT])}, "a file")
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        nn.Parameter,
+        lambda t: t.double(),
+        lambda t: t.bfloat16(),
+        lambda t: t.t().contiguous().t(),
+        lambda t: t[:, :1].expand(-1, 64),
+        lambda t: torch.complex(t, t).conj().imag,
+        lambda t: t.as_subclass(type("Mine", (torch.Tensor,), {})),
+    ],
+)
+def test_any_dense_view_of_floats_is_loaded(published, view):
+    wanted = split_published(published).vit_up
+    module, value = network(wanted), view(wanted[WEIGHT])
+    load_strict(module, wanted | {WEIGHT: value}, "file")
+    loaded = module.state_dict()
+    torch.testing.assert_close(
+        loaded[WEIGHT], value.detach().as_subclass(torch.Tensor).resolve_neg().float(), rtol=0, atol=0
+    )
+    assert all(torch.equal(loaded[name], t) for name, t in wanted.items() if name != WEIGHT)
+
+
+def test_tensors_that_are_each_others_memory():
+    """A network's own tensors under swapped names, and tensors of one storage, are read before anything is written."""
+    module = network({"a.weight": torch.empty(3, 4), "b.weight": torch.empty(3, 4)})
+    a, b = (t.clone() for t in module.state_dict().values())
+    load_strict(module, {"a.weight": module.b.weight, "b.weight": module.a.weight}, "file")
+    assert same(module.state_dict(), {"a.weight": b, "b.weight": a})
+    module.b.weight = module.a.weight
+    with pytest.raises(CheckpointError, match=r"file: cannot write a.weight \(it shares memory"):
+        load_strict(module, {"a.weight": a, "b.weight": b}, "file")
+    assert torch.equal(module.a.weight, b)
+    load_strict(module, {"a.weight": a, "b.weight": a}, "file")
+    assert torch.equal(module.b.weight, a)
+
+
+def test_a_copy_that_fails_takes_back_those_before_it(published):
+    wanted = split_published(published).vit_up
+    module = network(wanted)
+    module.decoder_mlp.get_submodule("1.mlp.1").weight = nn.Parameter(torch.zeros(1, 64).expand(64, -1))
+    before = state_of(module)
+    with pytest.raises(
+        CheckpointError, match=r"a file: cannot write decoder_mlp.1.mlp.1.weight \(unsupported"
+    ) as caught:
+        load_strict(module, wanted, "a file")
+    assert one_sentence(caught)
+    assert same(module.state_dict(), before)
+    with pytest.raises(
+        CheckpointError, match=r"a file: .* of the network is on the meta device; call to_empty"
+    ):
+        load_strict(network(wanted).to("meta"), wanted, "a file")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number", "fits"),
+    [
+        (torch.float64, 1e39, True),
+        (torch.float32, 1e39, False),
+        (torch.float32, 1e30, True),
+        (torch.bfloat16, 1e30, True),
+        (torch.bfloat16, 3.4e38, False),
+        (torch.float16, 65504, True),
+        (torch.float16, 70000, False),
+    ],
+)
+def test_numbers_too_large_for_a_dtype(dtype, number, fits):
+    module = nn.Linear(2, 2, dtype=dtype)
+    before = state_of(module)
+    tensors = {"weight": torch.full((2, 2), number, dtype=torch.float64), "bias": torch.ones(2)}
+    with (
+        contextlib.nullcontext()
+        if fits
+        else pytest.raises(CheckpointError, match=f"large for {dtype} in weight")
+    ):
+        load_strict(module, tensors, "file")
+    assert same(module.state_dict(), before) is not fits
+
+
+STRANGE_KEYS = [
+    "_orig_mod",
+    "_orig_mod._orig_mod",
+    "model",
+    "model.",
+    "",
+    ".",
+    "..",
+    "\n\x1b[31m",
+    "x" * 5000,
+    "\udcff",
+]
+
+
+@pytest.mark.parametrize("key", [*STRANGE_KEYS, "backbone", "vit_up", 3, None, (1, 2), b"weight"], ids=repr)
+def test_strange_keys_are_named_in_short(base, lora, published, tmp_path, key):
+    wanted = split_published(published).vit_up
+    module, backbone = network(wanted), tiny_backbone()
+    torch.save(published | {key: torch.ones(2)}, tmp_path / "file.pt")
+    for call in (
+        lambda: load_strict(module, wanted | {key: torch.ones(2)}, "file"),
+        lambda: load_backbone(backbone, base | {key: torch.ones(2)}),
+        lambda: merge_lora(backbone, lora | {key: torch.ones(2)}),
+        lambda: (
+            load("tiny", weights=tmp_path / "file.pt")
+            if key != "backbone"
+            else load_strict(module, {}, "file")
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=r"unexpected|expected named|missing") as caught:
+            call()
+        assert one_sentence(caught)
+
+
+def test_many_strange_keys_are_a_few(published):
+    wanted = split_published(published).vit_up
+    with pytest.raises(CheckpointError, match=r"1000 unexpected \(.*, \.\.\.\)") as caught:
+        load_strict(network(wanted), wanted | {f"{i}\n" * 1000: torch.ones(1) for i in range(1000)}, "file")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 3000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {"state_dict": {"a": torch.ones(1)}}}, "got dict as 'state_dict'"),
+        (
+            {"state_dict": {"a": torch.ones(1)}, "block.weight": torch.ones(1)},
+            "beside its state_dict: block.weight",
+        ),
+        ({"state_dict": {}}, "holds no tensors"),
+        ({"state_dict": 3}, "got int as 'state_dict'"),
+        ({"model": {"a": torch.ones(1)}}, "got dict as 'model'"),
+        ({0: torch.ones(1)}, "got Tensor as int 0"),
+        (torch.ones(3), "got Tensor"),
+        (None, "got NoneType"),
+    ],
+)
+def test_torch_files_of_something_else(tmp_path, content, message):
+    torch.save(content, tmp_path / "file.pt")
+    with pytest.raises(CheckpointError, match=f"file.pt: .*{message}") as caught:
+        read_tensors(tmp_path / "file.pt")
+    assert one_sentence(caught)
+
+
+def test_numbers_beside_a_state_dict_are_left_alone(tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(1)}, "loss": torch.ones(1)}, tmp_path / "file.pt")
+    assert list(read_tensors(tmp_path / "file.pt")) == ["a"]
+
+
+def test_things_that_are_no_files(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.pt")
+    (tmp_path / "link.pt").symlink_to(tmp_path / "gone.pt")
+    (tmp_path / "loop.pt").symlink_to(tmp_path / "loop.pt")
+    (tmp_path / "file.pt").write_bytes(b"x")
+    with zipfile.ZipFile(tmp_path / "archive.pt", "w") as archive:
+        archive.writestr("a.txt", "text")
+    cyclic = {}
+    cyclic["state_dict"] = cyclic
+    torch.save(cyclic, tmp_path / "cycle.pt")
+    torch.jit.save(torch.jit.trace(nn.ReLU(), torch.ones(1)), tmp_path / "script.pt")
+    (tmp_path / "long.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    for name, cause in {
+        "pipe.pt": "got a pipe, socket or device",
+        "/dev/null": "got a pipe, socket or device",
+        "link.pt": "a link to no file",
+        "loop.pt": "not a readable checkpoint",
+        "file.pt/inner.pt": "no such file",
+        "archive.pt": "not a readable checkpoint",
+        "cycle.pt": "got dict as 'state_dict'",
+        "script.pt": "not a readable checkpoint",
+        "long.safetensors": "not a readable checkpoint",
+        "x" * 5000: "File name too long",
+        "nul\0.pt": "null",
+    }.items():
+        for path in (tmp_path / name, os.fsencode(tmp_path / name)):
+            with pytest.raises(CheckpointError, match=cause) as caught:
+                read_tensors(path)
+            assert one_sentence(caught)
+
+    def fails(error):
+        def raising(*args, **options):
+            raise error
+
+        return raising
+
+    for error, cause in [
+        (PermissionError(13, "Permission denied"), r"\(Permission denied\)"),
+        (FileNotFoundError(2, "No such file or directory"), r"\(No such file or directory\)"),
+        (MemoryError(), r"\(MemoryError\)"),
+    ]:
+        monkeypatch.setattr(torch, "load", fails(error))
+        with pytest.raises(CheckpointError, match=f"file.pt: not a readable checkpoint {cause}"):
+            read_tensors(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "legacy"])
+def test_damaged_files_never_raise_anything_else(published, tmp_path, suffix):
+    tensors = {name: t for name, t in published.items() if name.startswith("decoder_mlp.0")}
+    path = tmp_path / f"file.{suffix}"
+    if suffix == "safetensors":
+        safetensors.save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=suffix == "pt")
+    whole = path.read_bytes()
+    random, messages = np.random.default_rng(0), []
+    for i in range(60):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[random.integers(min(len(whole), 1500))] = random.integers(256)
+        path.write_bytes(damaged[: random.integers(len(whole))] if i % 4 == 0 else damaged)
+        try:
+            read_tensors(path)
+        except CheckpointError as error:
+            messages.append(str(error))
+    assert len(messages) > 15
+    assert all(message.isprintable() for message in messages)
+
+
+@pytest.mark.parametrize(
+    "path", [3, None, 1.5, ["a.pt"], {"a": torch.ones(1)}, "", "~no-user-of-this-name/a.pt"]
+)
+def test_arguments_that_are_no_paths(path):
+    if not isinstance(path, dict):
+        with pytest.raises(InputError, match="path: expected the path of a file"):
+            load_backbone(tiny_backbone(), path)
+    if path is not None:
+        with pytest.raises(InputError, match="weights: expected the path of a file"):
+            load("tiny", weights=path)
+        with pytest.raises(InputError, match="backbone: expected the path of a file"):
+            load("tiny", weights="random", backbone=path)
+
+
+@pytest.mark.parametrize("use", [merge_lora, attach_lora])
+@pytest.mark.parametrize("scaling", [float("nan"), float("inf"), "2", None, 1j, torch.ones(1)])
+def test_scalings_that_are_no_numbers(lora, use, scaling):
+    backbone = tiny_backbone()
+    before = state_of(backbone)
+    with pytest.raises(InputError, match="scaling: expected a finite number"):
+        use(backbone, lora, scaling)
+    assert same(backbone.state_dict(), before)
+
+
+def test_merged_weights_must_stay_finite(base, lora):
+    backbone = tiny_backbone()
+    load_backbone(backbone, base)
+    before = state_of(backbone)
+    with pytest.raises(
+        CheckpointError, match=r"LoRA adapters merged into the backbone: NaN, infinity .*patch_emb"
+    ):
+        merge_lora(backbone, lora, scaling=1e39)
+    assert same(backbone.state_dict(), before)
+    attach_lora(backbone, lora, scaling=1e39)
+    attached = state_of(backbone)
+    with pytest.raises(InputError, match="adapters: expected finite merged weights"):
+        backbone.merge_lora()
+    assert same(backbone.state_dict(), attached)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.25, -1.5, np.float32(3)])
+def test_attached_adapters_compute_what_merged_ones_do(golden, base, lora, scaling):
+    """Hidden states, fine grid, and adapters found again, at the published scaling and at others."""
+    options = {} if scaling is None else {"scaling": scaling}
+    backbones = [Backbone.create(ViTUpConfig.preset("tiny")).double() for _ in range(3)]
+    _, attached, merged = backbones
+    for backbone in backbones:
+        load_backbone(backbone, base)
+    attach_lora(attached, lora, **options)
+    merge_lora(merged, lora, **options)
+    images = golden["pixel_values"].double()
+    with torch.no_grad():
+        states = [[*b.hidden_states(images, (64, 64)), b.patch_grid(images, (8, 8))] for b in backbones]
+        for unadapted, mine, exact in zip(*states, strict=True):
+            torch.testing.assert_close(mine, exact, rtol=1e-9, atol=1e-9)
+            assert (exact - unadapted).norm() > 1e-3 * exact.norm()
+        if scaling is None:
+            for i, state in enumerate(states[1][:-1]):
+                torch.testing.assert_close(state, golden[f"hidden_states.{i}"].double(), rtol=1e-5, atol=1e-5)
+    attached.merge_lora()
+    for name, value in merged.state_dict().items():
+        torch.testing.assert_close(attached.state_dict()[name], value, rtol=1e-12, atol=1e-12)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def everything():
+    with default_device("meta"), default_dtype(torch.float64), torch.autocast("cpu"), torch.inference_mode():
+        yield
+
+
+STATES = {
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float16": lambda: default_dtype(torch.float16),
+    "float64": lambda: default_dtype(torch.float64),
+    "with meta": lambda: torch.device("meta"),
+    "default meta": lambda: default_device("meta"),
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "all": everything,
+}
+
+
+@pytest.fixture(scope="module")
+def own_checkpoint(tmp_path_factory):
+    """A training checkpoint of the tiny network with its backbone and adapters in one file."""
+    network, vit = seeded_network(ViTUpConfig.preset("tiny"))
+    vit.add_lora(2)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        adapters = {name: 0.01 * torch.randn(t.shape) for name, t in vit.lora_state_dict().items()}
+    plain = seeded_network(ViTUpConfig.preset("tiny"))[1].model.state_dict()
+    path = tmp_path_factory.mktemp("own") / "tiny.pt"
+    torch.save({**network.state_dict(), **adapters, **{f"backbone.{n}": t for n, t in plain.items()}}, path)
+    return path
+
+
+@pytest.mark.parametrize("weights", ["random", "file"])
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_load_is_the_same_in_every_state(own_checkpoint, state, weights):
+    def loaded():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return load("tiny", weights="random" if weights == "random" else own_checkpoint, device="cpu")
+
+    def gradients(model):
+        generator = torch.Generator().manual_seed(1)
+        coords = torch.rand(1, 5, 2, generator=generator, requires_grad=True)
+        model.requires_grad_(True)
+        model(torch.rand(1, 3, 40, 56, generator=generator), coords).square().sum().backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return grads | {"coords": coords.grad}
+
+    want = loaded()
+    with state():
+        defaults = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+        model = loaded()
+        assert defaults == (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled())
+    assert same(model.state_dict(), want.state_dict())
+    assert not any(t.is_inference() or t.is_meta for t in (*model.parameters(), *model.buffers()))
+    for (name, mine), (other, exact) in zip(model.named_buffers(), want.named_buffers(), strict=True):
+        assert name == other
+        assert mine.dtype == exact.dtype
+        assert torch.equal(mine, exact)
+    grads, exact = gradients(model), gradients(want)
+    assert len(grads) > 50
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, exact[name], rtol=1e-5, atol=1e-6)
+
+
+def test_seeding_leaves_every_generator_alone(monkeypatch):
+    def touched(*args):
+        raise AssertionError("the generators of GPUs were seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", touched)
+    before = torch.get_rng_state()
+    seeded_network(ViTUpConfig.preset("tiny"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_numbers_too_large_once_loaded(own_checkpoint, tmp_path):
+    tensors = read_tensors(own_checkpoint)
+    tensors[WEIGHT] = tensors[WEIGHT] + 70000
+    torch.save(tensors, tmp_path / "large.pt")
+    load("tiny", weights=tmp_path / "large.pt", device="cpu", dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=rf"too large for torch.float16 in vit_up\.{WEIGHT}\."):
+        load("tiny", weights=tmp_path / "large.pt", device="cpu", dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"model": m} for m in (3, None, ["splus"], {}, b"tiny", "x" * 5000, "a\nb")),
+        *({"device": d} for d in ("banana", "meta", "cuda:99", "xpu:99", 99, -1, 1.5, [], "lazy")),
+        *(
+            {"dtype": d}
+            for d in ("float32", torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64, float, [])
+        ),
+        *({"max_memory": n} for n in (-1, 0, True, 1.5, "1", float("nan"))),
+        *({"query_chunk_size": n} for n in (-1, 0, True, 1.5, "1", torch.tensor(5), np.bool_(True))),
+    ],
+    ids=str,
+)
+def test_load_refuses_at_once(monkeypatch, options):
+    monkeypatch.setattr(checkpoint_module, "read_tensors", None)
+    with pytest.raises(InputError, match=f"{next(iter(options))}: expected") as caught:
+        load(**{"model": "tiny", "weights": "absent.pt", **options})
+    assert one_sentence(caught)
+
+
+def test_load_takes_numpys_integers():
+    with pytest.warns(UserWarning, match="random"):
+        model = load("tiny", weights="random", device="cpu", query_chunk_size=np.int64(5))
+    assert model.query_chunk_size == 5
+    assert type(model.query_chunk_size) is int
