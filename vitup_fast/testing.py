@@ -193,7 +193,7 @@ def film_table_inputs(
     steps = (torch.arange(4, dtype=wide, device=device) - 1.5) / 4
     relative = torch.cartesian_prod(steps, steps)  # [16, 2]
     row, token = random.integers(16, sizes.N), random.integers(h * w, sizes.N)
-    centre = torch.stack((token % w, token // w), dim=-1) + 0.5  # [N, 2]
+    centre = torch.stack((token % w, token // w), dim=-1).to(wide) + 0.5  # [N, 2]
     coords = (centre + relative[row]) / torch.tensor((w, h), dtype=wide, device=device)
     position = PositionWeights(*(t.to(wide) for t in arguments["position"]))
     table = FilmTable(film_gamma_beta(relative, arguments["freqs"], position), row, token)

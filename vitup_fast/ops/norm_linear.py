@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import checks
 from .implementations import resolve
-from .operator import NAMESPACE, Kernels, Operator, autocast, run_reference, uncompiled
+from .operator import NAMESPACE, Kernels, Operator, autocast, run_reference, uncompiled, without_autocast
 from .primitives import LAYER_NORM_EPS, layer_norm, layer_norm_backward, linear, linear_backward
 
 
@@ -73,7 +73,7 @@ def _argmax(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, impl: str
 ) -> Tensor:
     dtype = label_dtype(weight.shape[0])
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         kernels = _operator.kernels(impl)
         if kernels.argmax is not None:
             return kernels.argmax(x, norm_weight, norm_bias, weight, bias, dtype)
@@ -168,6 +168,7 @@ def _checked(
     """Check the arguments and cast them under autocast."""
     checks.check_features("x", x, "(B, N, D)")
     x, norm_weight, norm_bias, weight, bias = autocast(x, norm_weight, norm_bias, weight, bias)
+    checks.check_features("weight", weight, "(E, D)")
     dim, width = x.shape[-1], weight.shape[0]
     checks.check_weight("norm_weight", norm_weight, (dim,), x)
     checks.check_weight("norm_bias", norm_bias, (dim,), x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -107,14 +108,14 @@ class Operator:
             *arguments, keep, impl = args
             kept = empty_kept(keep, impl, arguments)
             keeping = {"kept": kept} if keep else {}
-            with torch.autocast(arguments[0].device.type, enabled=False):
+            with without_autocast(arguments[0]):
                 return kernels(impl).forward(*arguments, **keeping), kept
 
         @uncompiled
         def run_backward(grad: Tensor, *args: object) -> list[Tensor]:
             *arguments, kept, needs_grad, impl = args
             keeping = {"kept": kept if kept.numel() else None} if kernels(impl).kept_bytes else {}
-            with torch.autocast(grad.device.type, enabled=False):
+            with without_autocast(grad):
                 return kernels(impl).backward(grad.contiguous(), *arguments, needs_grad, **keeping)
 
         def fake_forward(*args: object) -> tuple[Tensor, Tensor]:
@@ -246,17 +247,31 @@ def _one_by_one(operator: Callable[..., Sequence[Tensor]]) -> Callable[..., tupl
 
 def run_reference(definition: Callable[..., Tensor], x: Tensor, *arguments: object) -> Tensor:
     """Run a definition; its arguments have been cast, and autocast shall not cast within."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if forward_ad._current_level < 0 and not transforms():
             return definition(x, *arguments)
         with sdpa_kernel(SDPBackend.MATH):  # PyTorch's other attentions have no such derivatives
             return definition(x, *arguments)
 
 
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Switch autocast off on the device of ``x``, if it has such."""
+    kind = x.device.type
+    return (
+        torch.autocast(kind, enabled=False)
+        if torch.amp.is_autocast_available(kind)
+        else contextlib.nullcontext()
+    )
+
+
 def autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """Cast features and weights to the autocast dtype if autocast is on; coordinates never go through here."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if (
+        not torch.amp.is_autocast_available(kind)
+        or not torch.is_autocast_enabled(kind)
+        or x.dtype == torch.float64
+    ):
         return [x, *tensors]
     dtype = torch.get_autocast_dtype(kind)
     return [t if t is None else t.to(dtype) for t in (x, *tensors)]

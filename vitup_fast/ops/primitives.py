@@ -95,9 +95,9 @@ def linear_backward(
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of ``x W^T + b`` for x, W and b, as far as they are needed."""
-    rows = grad.reshape(-1, grad.shape[-1])
+    rows = grad.flatten(0, -2)
     grad_x = grad @ weight if needs_grad[0] else None
-    grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if needs_grad[1] else None
+    grad_weight = rows.t() @ x.flatten(0, -2) if needs_grad[1] else None
     grad_bias = rows.sum(0) if needs_grad[2] else None
     return grad_x, grad_weight, grad_bias
 
