@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FAST_IMPLS
 
 from vitup_fast import InputError
 from vitup_fast.ops import FilmTable, film_mlp
@@ -159,3 +160,52 @@ def test_table_errors(generator, change, message):
     assert isinstance(a["table"], FilmTable)
     with pytest.raises(InputError, match=message):
         film_mlp(**{**a, "table": a["table"]._replace(**change)})
+
+
+@pytest.mark.parametrize("index", [-1, 16, 10**9, -(10**18)])
+@pytest.mark.parametrize("field", ["row", "token"])
+@pytest.mark.parametrize("impl", [*FAST_IMPLS, "auto"])
+def test_indices_out_of_range(generator, impl, field, index):
+    D = 64 if impl in ("triton", "cuda") else 32
+    a = film_table_inputs(Sizes(D=D, N=5, token_grid=(4, 4), expansion=1), generator)
+    indices = getattr(a["table"], field).clone()
+    indices[3] = index
+    a["table"] = a["table"]._replace(**{field: indices})
+    with pytest.raises(InputError, match=rf"table\.{field}: expected indices from 0 to 15, got .*{index}"):
+        film_mlp(**a, impl=impl)
+
+
+def test_indices_out_of_range_in_compiled_code(generator):
+    torch._dynamo.reset()
+    a = film_table_inputs(Sizes(token_grid=(4, 4)), generator)
+    compiled = torch.compile(
+        lambda row: film_mlp(**{**a, "table": a["table"]._replace(row=row)}), backend="eager"
+    )
+    torch.testing.assert_close(compiled(a["table"].row), film_mlp(**a))
+    with pytest.raises(InputError, match=r"table\.row: expected indices from 0 to 15"):
+        compiled(a["table"].row + 16)
+
+
+@pytest.mark.parametrize(
+    ("freqs", "message"),
+    [
+        (torch.ones(16).int(), "freqs: expected a floating dtype, got torch.int32"),
+        (torch.ones(16).cfloat(), "freqs: expected a floating dtype, got torch.complex64"),
+        (torch.ones(16, 1), r"freqs: expected shape \(F,\) with at least one frequency, got \(16, 1\)"),
+        (torch.ones(0), r"freqs: expected shape \(F,\) with at least one frequency, got \(0,\)"),
+        ([1.0], r"freqs: expected a tensor of shape \(F,\), got list"),
+    ],
+)
+def test_frequency_errors(generator, freqs, message):
+    with pytest.raises(InputError, match=message):
+        film_mlp(**{**film_mlp_inputs(Sizes(), generator), "freqs": freqs})
+
+
+@pytest.mark.parametrize("impl", ["reference", *(i for i in FAST_IMPLS if i not in ("triton", "cuda"))])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_frequencies_are_float32_numbers(generator, impl, dtype):
+    a = film_mlp_inputs(Sizes(), generator)
+    freqs = (a["freqs"].double() * (1 + 1e-9)).to(dtype)
+    for coords in (a["coords"], a["coords"].double()):
+        expected = film_mlp(**{**a, "coords": coords, "freqs": freqs.float()}, impl=impl)
+        assert torch.equal(film_mlp(**{**a, "coords": coords, "freqs": freqs}, impl=impl), expected)

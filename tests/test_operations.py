@@ -10,6 +10,7 @@ from torch.library import opcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitup_fast.errors import InputError
+from vitup_fast.ops import implementations
 from vitup_fast.ops.operator import Operator
 from vitup_fast.testing import (
     OPERATIONS,
@@ -33,8 +34,12 @@ GPU_IMPLS = ("triton", "cuda")
 WITH_COORDS = ("bilinear_sample", "rope_cross_attention", "film_mlp")
 
 
+def is_available(impl):
+    return any(i.available for i in implementations() if i.name == impl)
+
+
 def small(impl, **changes):
-    sizes = SMALL_GPU if impl in GPU_IMPLS else SMALL_CPU if impl == "cpu" else SMALL
+    sizes = SMALL_GPU if impl in GPU_IMPLS else SMALL_CPU if impl in ("cpu", "cpu_int8") else SMALL
     return sizes._replace(**changes)
 
 
@@ -198,17 +203,56 @@ def test_second_derivative_works_or_says_so(operation, generator, impl):
         assert second.any()
 
 
-def test_memory_layout_does_not_matter(operation, generator, fast):
-    arguments = operation.inputs(small(fast), generator)
-    strided = {n: torch.stack((t, t), -1)[..., 0] for n, t in tensors_of(arguments).items()}
-    assert not any(t.is_contiguous() for t in strided.values() if t.numel() > 1)
+def misaligned(tensor):
+    """The same numbers at an address that is no multiple of their size."""
+    memory = bytearray(tensor.nbytes + tensor.itemsize)
+    start = max(1, tensor.itemsize // 2)
+    view = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start)
+    return view.view(tensor.shape).copy_(tensor)
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "every other number": lambda t: torch.stack((t, t), -1)[..., 0],
+    "every other row": lambda t: torch.stack((t, t), 1)[:, 0],
+    "expanded": lambda t: (t[:1] if t.dim() > 2 else t[..., :1]).expand_as(t),
+    "offset": lambda t: t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t),
+    "misaligned": misaligned,
+}
+
+
+@pytest.mark.parametrize(
+    ("impl", "layout"),
+    [
+        (impl, layout)
+        for impl in (*FAST_IMPLS, "cpu_int8")
+        for layout in LAYOUTS
+        if impl not in GPU_IMPLS or layout == "transposed"
+    ],
+)
+def test_memory_layout_does_not_matter(operation, generator, impl, layout):
+    """Each tensor in turn, and the gradient that comes; all at once on kernels that are interpreted, slowly."""
+    if impl == "cpu_int8" and not is_available(impl):
+        pytest.skip("no 8-bit products on this CPU")
+    arguments = operation.inputs(small(impl), generator)
     cotangent = torch.randn(operation.function(**arguments).shape, generator=generator)
-    expected, expected_grads = run(operation, arguments, fast, cotangent=cotangent)
-    transposed = cotangent.transpose(0, 2).contiguous().transpose(0, 2)
-    actual, grads = run(operation, with_tensors(arguments, strided), fast, cotangent=transposed)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    for name, grad in expected_grads.items():
-        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-4)
+
+    def results(changed, cotangent):
+        if impl == "cpu_int8":
+            return {"output": operation.function(**with_tensors(arguments, changed), impl=impl)}
+        output, grads = run(operation, with_tensors(arguments, changed), impl, cotangent=cotangent)
+        return {"output": output, **grads}
+
+    def compare(names, cotangents):
+        views = {name: LAYOUTS[layout](tensors_of(arguments)[name]) for name in names}
+        plain = {name: t.contiguous().clone() for name, t in views.items()}
+        actual, expected = results(views, cotangents[0]), results(plain, cotangents[1])
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-4)
+
+    names, view = list(tensors_of(arguments)), LAYOUTS[layout](cotangent)
+    for group in [names] if impl in GPU_IMPLS else [[], *([name] for name in names)]:
+        compare(group, (view, view.contiguous().clone()))
 
 
 @pytest.mark.parametrize("impl", [*FAST_IMPLS, "reference"])
@@ -245,7 +289,7 @@ def test_smallest_grids(generator, name, grid, impl):
 
 @pytest.mark.parametrize("impl", [*FAST_IMPLS, "reference"])
 @pytest.mark.parametrize("name", WITH_COORDS)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e20], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e20, -3e38], ids=str)
 def test_bad_coordinate_stays_in_its_row(generator, impl, name, bad):
     operation = OPERATIONS[name]
     arguments = operation.inputs(small(impl), generator)
@@ -264,6 +308,49 @@ def test_bad_coordinate_stays_in_its_row(generator, impl, name, bad):
         assert actual[1, 2].isnan().all()
     elif name == "bilinear_sample":
         assert actual.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", [*FAST_IMPLS, "cpu_int8", "reference"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_bad_feature_stays_in_its_row(operation, generator, impl, bad):
+    if impl == "cpu_int8" and not is_available(impl):
+        pytest.skip("no 8-bit products on this CPU")
+    arguments = operation.inputs(small(impl), generator)
+    if "x" not in arguments:
+        pytest.skip("a grid is not rows of queries")
+    x = arguments["x"].clone()
+    x[1, 2, 3] = bad
+    expected = operation.function(**arguments, impl=impl)
+    actual = operation.function(**{**arguments, "x": x}, impl=impl)
+    others = torch.ones(2, SMALL.N, dtype=torch.bool)
+    others[1, 2] = False
+    assert torch.equal(actual[others], expected[others])
+    assert not actual[1, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", [*FAST_IMPLS, "reference"])
+def test_no_images(operation, generator, impl):
+    arguments = operation.inputs(small(impl), generator)
+    empty = {n: t[:0] for n, t in tensors_of(arguments).items() if t.dim() > 2}
+    output, grads = run(operation, with_tensors(arguments, empty), impl)
+    assert output.shape[:2] == (0, SMALL.N if "table" in arguments or "x" in arguments else output.shape[1])
+    assert not any(grad.any() for grad in grads.values())
+
+
+@pytest.mark.parametrize("impl", ["auto", *FAST_IMPLS, "reference"])
+def test_widths_of_nothing_are_refused(operation, generator, impl):
+    arguments = operation.inputs(small(impl), generator)
+    tensors = tensors_of(arguments)
+    name = "grid" if "grid" in arguments else "x"
+    with pytest.raises(InputError, match=f"{name}: expected a width of at least 1, got"):
+        operation.function(**with_tensors(arguments, {name: tensors[name][..., :0]}), impl=impl)
+    for hidden in ("weights.", "weights.mlp."):
+        if f"{hidden}weight1" not in tensors:
+            continue
+        nothing = {f"{hidden}{n}": tensors[f"{hidden}{n}"][:0] for n in ("weight1", "bias1")}
+        nothing[f"{hidden}weight2"] = tensors[f"{hidden}weight2"][:, :0]
+        with pytest.raises(InputError, match=f"{hidden}weight1: expected a hidden width of at least 1, got"):
+            operation.function(**with_tensors(arguments, nothing), impl=impl)
 
 
 def test_unknown_implementation(operation, generator):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,12 +121,34 @@ def test_backward_in_slices_of_queries(generator, monkeypatch):
         ),
         ({"token_grid": (5, 6)}, r"key: expected shape \(2, 2, 30, 16\), got \(2, 2, 35, 16\)"),
         ({"inv_freq": torch.zeros(3)}, r"inv_freq: expected 4 frequencies, got \(3,\)"),
+        ({"inv_freq": torch.zeros(4).int()}, "inv_freq: expected a floating dtype, got torch.int32"),
+        ({"inv_freq": torch.zeros(4).cfloat()}, "inv_freq: expected a floating dtype, got torch.complex64"),
+        ({"inv_freq": torch.zeros(4, 1)}, r"inv_freq: expected shape \(F,\) with at least one frequency"),
+        ({"inv_freq": None}, r"inv_freq: expected a tensor of shape \(F,\), got NoneType"),
+        ({"token_grid": (0, 5)}, r"token_grid: expected at least one row and one column, got \(0, 5\)"),
+        ({"token_grid": (-5, -7)}, r"token_grid: expected at least one row and one column, got \(-5, -7\)"),
+        ({"token_grid": (5.0, 7)}, r"token_grid: expected two integers \(h, w\), got \(5.0, 7\)"),
+        ({"token_grid": (35,)}, r"token_grid: expected two integers \(h, w\), got \(35,\)"),
+        ({"token_grid": 35}, r"token_grid: expected two integers \(h, w\), got 35"),
+        ({"token_grid": None}, r"token_grid: expected two integers \(h, w\), got None"),
+        ({"key": torch.zeros(2, 2, 0, 16)}, r"key: expected shape \(2, 2, 35, 16\), got \(2, 2, 0, 16\)"),
+        ({"key": torch.zeros(2, 0, 35, 16)}, r"key: expected heads of a width .* together D = 32 wide, got"),
+        ({"key": torch.zeros(2, 3, 35, 10)}, r"key: expected heads of a width .* together D = 32 wide, got"),
+        ({"key": torch.zeros(2, 16, 35, 2)}, r"key: expected heads of a width .* together D = 32 wide, got"),
+        ({"key": torch.zeros(2, 64, 35, 0)}, r"key: expected a width of at least 1, got \(2, 64, 35, 0\)"),
     ],
 )
 def test_errors(generator, change, message):
     arguments = rope_cross_attention_inputs(Sizes(), generator)
     with pytest.raises(InputError, match=message):
         rope_cross_attention(**{**arguments, **change})
+
+
+def test_any_two_integers_are_a_grid(generator, impl):
+    arguments = rope_cross_attention_inputs(Sizes(), generator)
+    expected = rope_cross_attention(**arguments, impl=impl)
+    for grid in ([5, 7], torch.Size((5, 7)), np.array((5, 7)), (np.int64(5), 7), torch.tensor((5, 7))):
+        assert torch.equal(rope_cross_attention(**{**arguments, "token_grid": grid}, impl=impl), expected)
 
 
 def test_weight_errors(generator):
