@@ -194,3 +194,66 @@ def test_every_kind_of_import_is_seen(tmp_path, line):
     files = dict(module_files())
     (found,) = imports_of("errors", path, files)
     assert row_of(found) > row_of("errors")
+
+
+FACTORIES = (
+    *(
+        "arange",
+        "as_tensor",
+        "asarray",
+        "empty",
+        "empty_permuted",
+        "empty_strided",
+        "eye",
+        "full",
+        "linspace",
+    ),
+    *(
+        "logspace",
+        "normal",
+        "ones",
+        "rand",
+        "randint",
+        "randn",
+        "randperm",
+        "range",
+        "scalar_tensor",
+        "tensor",
+    ),
+    *("tril_indices", "triu_indices", "zeros"),
+)
+# These take what they do not name from a tensor, its strides among it: a kernel knows of none.
+ALIKE = ("empty_like", "full_like", "ones_like", "rand_like", "randn_like", "randint_like", "zeros_like")
+
+
+def careless_factories(source, is_kernel):
+    """Lines that make memory in a dtype or on a device that PyTorch's global defaults decide."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        if not isinstance(node.func.value, ast.Name) or node.func.value.id != "torch":
+            continue
+        given, name = {keyword.arg for keyword in node.keywords}, node.func.attr
+        if name in FACTORIES and not {"dtype", "device"} <= given:
+            yield node.lineno, f"torch.{name} names no dtype or no device"
+        if name == "frombuffer" and "dtype" not in given:
+            yield node.lineno, "torch.frombuffer names no dtype"
+        if name in ALIKE and is_kernel and "memory_format" not in given:
+            yield node.lineno, f"torch.{name} keeps strides; use new_empty and its kin"
+
+
+def test_careless_factories_are_found():
+    source = "a = torch.empty(3, dtype=x.dtype)\nb = torch.zeros(3, device='cpu')\nc = torch.empty_like(a)"
+    assert [line for line, _ in careless_factories(source, True)] == [1, 2, 3]
+    assert not list(careless_factories("torch.empty(3, dtype=torch.int8, device=x.device)", True))
+
+
+def test_factories_name_dtype_and_device():
+    root = Path(vitup_fast.__file__).parents[1]
+    found = [
+        f"{path.relative_to(root)}:{line}: {message}"
+        for folder in ("vitup_fast", "kernels")
+        for path in sorted((root / folder).rglob("*.py"))
+        for line, message in careless_factories(path.read_text(), folder == "kernels")
+    ]
+    assert not found, "\n".join(found)
