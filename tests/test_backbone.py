@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -364,3 +370,345 @@ def test_pretrained_weights_out_of_reach(monkeypatch):
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(InputError, match=r"vit_small_plus.*\(no network\).*backbone=PATH"):
         Backbone.create(ViTUpConfig.preset("tiny"), pretrained=True)
+
+
+class Adapter(nn.Module):
+    """A wrapper as peft makes it: it shows the layer's parameters and computes something else."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def forward(self, x):
+        return 1.5 * self.base_layer(x)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def patched(layer):
+    layer.forward = lambda x: x
+    return layer
+
+
+def hooked(layer, register="register_forward_hook"):
+    getattr(layer, register)(lambda *_: None)
+    return layer
+
+
+HOOKS = {
+    name: lambda layer, name=name: hooked(layer, f"register_{name}")
+    for name in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+}
+CHANGES = {
+    "a wrapper": (Adapter, "Adapter with a forward of its own"),
+    "weight_norm": (weight_norm, "a hook before it: WeightNorm"),
+    "spectral_norm": (spectral_norm, "a hook before it: SpectralNorm"),
+    "prune": (lambda layer: prune.random_unstructured(layer, "weight", 0.5), "before it: RandomUnstructured"),
+    "forward replaced": (patched, "with a forward of its own"),
+    **{name: (change, "got a hook .*: <lambda>") for name, change in HOOKS.items()},
+}
+PLACES = ("patch_embed.proj", "blocks.1.attn.qkv", "patch_embed", "")
+
+
+def tiny_model():
+    return random_model("vit_small_plus_patch16_dinov3_qkvb", swiglu_align_to=8)
+
+
+def replace(model, place, change):
+    """Change a submodule, or the model itself for an empty place."""
+    if not place:
+        return change(model)
+    owner, _, name = place.rpartition(".")
+    setattr(model.get_submodule(owner), name, change(model.get_submodule(place)))
+    return model
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_layers_that_are_read_compute_what_their_parameters_say(place, change, message):
+    """In Backbone: of the patch embedding the weight is read; timm itself reads that of a qkv layer with biases."""
+    makes_weight = change in (weight_norm, spectral_norm) or "Unstructured" in message
+    if makes_weight and not hasattr(tiny_model().get_submodule(place), "weight"):
+        pytest.skip("no weight there")
+    if change is Adapter and not place:
+        pytest.skip("a wrapper of the whole model shows its parts, which compute as before")
+    images = torch.rand(1, 3, 8, 8)
+    name = f"model{'.' * bool(place)}{place}: expected a plain .*{message}"
+    backbone = Backbone(tiny_model(), (0, 1))
+    replace(backbone.model, place, change)
+    for call in (
+        lambda: backbone.hidden_states(images, (32, 32)),
+        lambda: backbone.patch_grid(images, (2, 2)),
+        lambda: Backbone(replace(tiny_model(), place, change), (0, 1)),
+    ):
+        with pytest.raises(InputError, match=name) as caught:
+            call()
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: parametrize.register_parametrization(layer, "weight", Doubled()),
+        parametrizations.weight_norm,
+        lambda layer: prune.remove(prune.random_unstructured(layer, "weight", 0.5), "weight"),
+    ],
+)
+@pytest.mark.parametrize("place", PLACES[:2])
+def test_parametrizations_of_read_layers_are_honoured(place, change):
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, 32, 32, dtype=torch.float64)
+    backbone = Backbone(replace(tiny_model(), place, change), (0, 3))
+    plain = tiny_model()
+    plain.get_submodule(place).weight.data.copy_(backbone.model.get_submodule(place).weight)
+    want = Backbone(plain, (0, 3))
+    for mine, exact in zip(
+        [*backbone.hidden_states(images, (32, 32)), backbone.patch_grid(images, (4, 4))],
+        [*want.hidden_states(images, (32, 32)), want.patch_grid(images, (4, 4))],
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, exact, rtol=1e-12, atol=1e-12)
+    sum(t.sum() for t in backbone.hidden_states(images, (32, 32))).backward()
+    assert all(p.grad is not None for p in backbone.model.get_submodule(place).parameters())
+
+
+@pytest.mark.parametrize("place", ["blocks.1.attn.proj", "blocks.1.mlp.fc2", "blocks.1.norm1", "norm"])
+def test_wrappers_and_hooks_of_called_layers_work(place):
+    images = torch.rand(1, 3, 32, 32, dtype=torch.float64)
+    want = Backbone(tiny_model(), (0, 3)).hidden_states(images, (32, 32))[-1]
+    calls = []
+    backbone = Backbone(tiny_model(), (0, 3))
+    backbone.model.get_submodule(place).register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(backbone.hidden_states(images, (32, 32))[-1], want, rtol=0, atol=0)
+    assert calls
+    wrapped = Backbone(replace(tiny_model(), place, Adapter), (0, 3))
+    assert relative_error(wrapped.hidden_states(images, (32, 32))[-1], want) > 1e-3
+
+
+@pytest.mark.parametrize("place", ["patch_embed.proj", "blocks.1.attn.qkv", "blocks.2.attn.proj"])
+@pytest.mark.parametrize("change", [Adapter, weight_norm, parametrizations.weight_norm, CHANGES["prune"][0]])
+def test_adapters_need_layers_with_a_weight_of_their_own(place, change):
+    backbone = Backbone(tiny_model(), (0, 1))
+    replace(backbone.model, place, change)
+    names = set(backbone.state_dict())
+    with pytest.raises(
+        InputError, match=r"(embeddings|layer)\..*: expected a layer with a weight of its own"
+    ):
+        backbone.add_lora(rank=1)
+    assert set(backbone.state_dict()) == names
+
+
+def test_patch_embeddings_that_compute_something_else():
+    for changes in ({"stride": 16, "padding": 1}, {"stride": 16, "groups": 3}, {"stride": 16, "dilation": 2}):
+        model = tiny_model()
+        model.patch_embed.proj = nn.Conv2d(3, 33, 16, **changes)
+        with pytest.raises(InputError, match=r"convolution over square patches"):
+            Backbone(model, (0,))
+    model = tiny_model()
+    model.patch_embed.proj = Scaled(3, 32, 16, 16)
+    with pytest.raises(InputError, match=r"model\.patch_embed\.proj: .*Scaled with a forward of its own"):
+        Backbone(model, (0,))
+    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", num_classes=0, dynamic_img_size=True, depth=1)
+    with pytest.raises(InputError, match=r"model\.patch_embed: expected a plain PatchEmbed.*HybridEmbed"):
+        Backbone(hybrid, (0,))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda t: t.to_sparse(),
+        lambda t: t.to("meta"),
+        lambda t: t.to(torch.complex64),
+        lambda t: t.to(torch.float8_e4m3fn),
+        lambda t: torch.nested.nested_tensor([t[0], t[0]]),
+        lambda t: t.numpy(),
+        lambda t: None,
+        lambda t: "image.png",
+    ],
+)
+def test_images_that_are_no_dense_floats(spoil):
+    backbone, images = Backbone(tiny_model(), (0, 1)), spoil(torch.rand(1, 3, 8, 8))
+    for call in (
+        lambda: backbone.hidden_states(images, (32, 32)),
+        lambda: backbone.patch_grid(images, (2, 2)),
+    ):
+        with pytest.raises(InputError, match="images: expected"):
+            call()
+
+
+@pytest.mark.parametrize("rank", [0, -1, True, 1.5, "2", None])
+def test_ranks_that_are_no_counts(rank):
+    backbone = Backbone(tiny_model(), (0, 1))
+    with pytest.raises(InputError, match="rank: expected a positive integer"):
+        backbone.add_lora(rank=rank)
+    with pytest.raises(InputError, match="scaling: expected a finite number"):
+        backbone.add_lora(rank=1, scaling=rank if isinstance(rank, str) else float("nan"))
+    assert not backbone.lora_parameters()
+    backbone.add_lora(rank=np.int64(2))
+
+
+@contextlib.contextmanager
+def defaults(dtype, device):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_create_follows_defaults_except_for_rotary_periods(dtype, device):
+    config = ViTUpConfig.preset("tiny")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        want = Backbone.create(config)
+        torch.manual_seed(1)
+        with defaults(dtype, device):
+            backbone = Backbone.create(config)
+            assert torch.get_default_dtype() == dtype
+    for (name, mine), (other, exact) in zip(
+        backbone.named_parameters(), want.named_parameters(), strict=True
+    ):
+        assert (name, mine.dtype, mine.device.type) == (other, dtype, device)
+        assert device == "meta" or torch.equal(mine, exact.to(dtype))
+    periods = backbone.model.rope.periods
+    assert periods.dtype == torch.promote_types(dtype, torch.float32)
+    if device == "meta":
+        with pytest.raises(InputError, match="backbone: expected rotary periods that hold values"):
+            backbone.to_empty(device="cpu")
+    else:
+        assert torch.equal(periods, want.model.rope.periods.to(periods.dtype))
+
+
+STATES = {
+    "inference": torch.inference_mode,
+    "bfloat16 by default": lambda: defaults(torch.bfloat16, "cpu"),
+    "float64 by default": lambda: defaults(torch.float64, "cpu"),
+    "meta by default": lambda: defaults(torch.float32, "meta"),
+}
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+@pytest.mark.parametrize("source", [(32, 32), (29, 31)], ids=["folded", "strips"])
+@pytest.mark.parametrize("name", ["vit_small_plus_patch16_dinov3_qkvb", "vit_tiny_patch16_224"])
+def test_hidden_states_and_patch_grid_in_every_state(state, source, name):
+    """What a first call computes and keeps is that of any other call, for gradients too."""
+    backbone_module._fold_axis.cache_clear()
+    backbone = Backbone(random_model(name, **({"swiglu_align_to": 8} if "plus" in name else {})), (0, 3))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, 3, *source, generator=generator, dtype=torch.float64)
+
+    def outputs():
+        return [*backbone.hidden_states(images, (48, 80)), backbone.patch_grid(images, (16, 20))]
+
+    with state():
+        first = outputs()
+    backbone_outputs = outputs()
+    backbone_module._fold_axis.cache_clear()
+    for mine, later, exact in zip(first, backbone_outputs, outputs(), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(later, exact, rtol=0, atol=0)
+    sum(t.square().sum() for t in backbone_outputs).backward()
+    assert backbone.model.patch_embed.proj.weight.grad.abs().max() > 0
+
+
+class Both(nn.Module):
+    """The two outputs of a backbone as one forward."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images):
+        return self.backbone.hidden_states(images, (32, 48))[-1], self.backbone.patch_grid(images, (16, 20))
+
+
+@pytest.mark.parametrize("source", [(32, 32), (29, 31)], ids=["folded", "strips"])
+@pytest.mark.parametrize("name", ["vit_small_plus_patch16_dinov3_qkvb", "vit_tiny_patch16_224"])
+def test_backbones_are_exported_and_compiled(name, source):
+    options = {"swiglu_align_to": 8} if "plus" in name else {}
+    model = random_model(name, depth=1, **options).eval().requires_grad_(False)
+    both = Both(Backbone(model, (0, 1)))
+    images = torch.randn(1, 3, *source, dtype=torch.float64)
+    want = both(images)
+    backbone_module._fold_axis.cache_clear()
+    exported = torch.export.export(both, (images,), strict=False).module()
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="eager")
+    for got in (exported(images), compiled(images), both(images)):
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_plans_of_the_fine_grid_hold_numbers_alone():
+    for source, patches, patch in itertools.product((1, 5, 16, 37, 448), (1, 3, 14), (8, 14)):
+        axis = backbone_module._fold_axis(source, patches, patch)
+        leaves = tree_leaves(tuple(axis))
+        assert all(type(leaf) is int for leaf in leaves)
+        torch.testing.assert_close(
+            axis.matrices().sum(-1), torch.ones(axis.period, patch, dtype=torch.float64), rtol=0, atol=1e-12
+        )
+
+
+SIZES_OF_A_NETWORK = {"dim": 64, "num_heads": 2, "layer_indices": (0, 2)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, v) for name in ("dim", "num_heads", "hidden_size", "patch_grid_density")
+          for v in ("64", 64.0, True, 0, -64, None, float("nan"), [64], torch.tensor(64), np.float32(64))),
+        *(("layer_indices", v) for v in ("012", b"\0\1", 3, None, (0, 1.0), ("0", "1"), (-1, 0), (0, True), (0, None))),
+        *(("layer_indices", v) for v in ((), (0,), (1, 2), (0, 2, 2), (0, 3, 1), (float("nan"), 1))),
+        *(("backbone", v) for v in (3, ["vit"], b"vit", nn.Identity())),
+        *(("backbone_options", v) for v in (None, 3, {"ab": 1}, ("ab",), ((1, 2),), (("a", 1), ("a", 2)), "ab")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_configurations_take_integers_that_fit(name, value):
+    with pytest.raises(InputError, match=f"{name}: expected") as caught:
+        ViTUpConfig(**SIZES_OF_A_NETWORK | {name: value})
+    assert str(caught.value).isprintable()
+
+
+def test_configurations_hold_plain_numbers():
+    config = ViTUpConfig(
+        np.int64(64),
+        np.uint8(2),
+        (i for i in np.array([0, 2])),
+        backbone_options=[["depth", 4]],
+        hidden_size=np.int32(64),
+    )
+    assert config == ViTUpConfig(64, 2, (0, 2), backbone_options=(("depth", 4),), hidden_size=64)
+    assert {type(n) for n in (config.dim, config.num_heads, config.hidden_size, *config.layer_indices)} == {
+        int
+    }
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
+@pytest.mark.parametrize("name", [3, None, [], {}, "large", "x" * 5000, "tiny\n"])
+def test_presets_are_names(name):
+    with pytest.raises(InputError, match="name: expected one of") as caught:
+        ViTUpConfig.preset(name)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 700

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from itertools import product
 from numbers import Integral, Real
@@ -154,20 +154,21 @@ class Backbone(nn.Module):
         images = images.to(weight.dtype)  # [B, 3, size]
 
         states = {}
-        if 0 in self.layer_indices:
-            tokens = self.model.patch_embed(images)
-            states[0] = self._embedding_output(tokens.reshape(len(images), *patches, self.dim))
-        depths = sorted(set(self.layer_indices) - {0})
-        if depths:
-            outputs = self.model.forward_intermediates(
-                images,
-                indices=[depth - 1 for depth in depths],
-                stop_early=True,
-                output_fmt="NLC",
-                intermediates_only=True,
-            )
-            for depth, output in zip(depths, outputs, strict=True):
-                states[depth] = self._norm_after(depth)(output).unflatten(1, patches)  # [B, h, w, D]
+        with _plain_factories():  # timm places its rotary angles by PyTorch's defaults
+            if 0 in self.layer_indices:
+                tokens = self.model.patch_embed(images)
+                states[0] = self._embedding_output(tokens.reshape(len(images), *patches, self.dim))
+            depths = sorted(set(self.layer_indices) - {0})
+            if depths:
+                outputs = self.model.forward_intermediates(
+                    images,
+                    indices=[depth - 1 for depth in depths],
+                    stop_early=True,
+                    output_fmt="NLC",
+                    intermediates_only=True,
+                )
+                for depth, output in zip(depths, outputs, strict=True):
+                    states[depth] = self._norm_after(depth)(output).unflatten(1, patches)  # [B, h, w, D]
         return [states[depth] for depth in self.layer_indices]
 
     def patch_grid(
@@ -205,7 +206,8 @@ class Backbone(nn.Module):
             images = images.to(_resize_dtype(images, weight))
             method = _embed_folded if _folding_pays(images, weight, size) else _embed_strips
             tokens = method(images, weight, embed.proj.bias, size, dtype)  # [B, P, Q, D]
-        return self._embedding_output(embed.norm(tokens))
+        with _plain_factories():
+            return self._embedding_output(embed.norm(tokens))
 
     def add_lora(self, rank: int, scaling: float = PUBLISHED_LORA_SCALING) -> None:
         """Freeze the model and add trainable low-rank adapters, at first without effect.
@@ -415,13 +417,34 @@ def check_scaling(scaling: object) -> float:
 @contextmanager
 def plain_defaults() -> Iterator[None]:
     """Build modules as in a fresh process: in float32 on the CPU, outside of autocast and inference mode."""
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), _plain_factories():
+        yield
+
+
+@contextmanager
+def _float32_on_cpu() -> Iterator[None]:
+    """Make float32 and the CPU PyTorch's defaults."""
     dtype = torch.get_default_dtype()
-    with torch.inference_mode(False), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+    with torch.device("cpu"):
         torch.set_default_dtype(torch.float32)
         try:
             yield
         finally:
             torch.set_default_dtype(dtype)
+
+
+def _defaults_are_plain() -> bool:
+    """Whether calls that name no dtype or device make float32 on the CPU."""
+    return torch.get_default_dtype() == torch.float32 and torch.get_default_device().type == "cpu"
+
+
+# The compiler guards these defaults itself, and compiles again when they change.
+_defaults_are_plain._dynamo_marked_constant = True
+
+
+def _plain_factories() -> AbstractContextManager[None]:
+    """Let calls that name no dtype or device make float32 on the CPU, whatever PyTorch's defaults are."""
+    return nullcontext() if _defaults_are_plain() else _float32_on_cpu()
 
 
 @torch.no_grad()
