@@ -75,8 +75,8 @@ def check_layer(name: str, layer: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def check_plain(name: str, tensor: Tensor) -> None:
-    """Check that a tensor is dense: not sparse, nested, or spread over processes. Packed weights are dense."""
-    if tensor.is_nested or not (tensor.layout == torch.strided or tensor.is_mkldnn):
+    """Check that a tensor is dense: not sparse, nested, packed for oneDNN, or spread over processes."""
+    if tensor.is_nested or tensor.layout != torch.strided:
         got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise expected(name, "a dense tensor", got, "Use to_dense() or to_padded_tensor().")
     if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
@@ -175,7 +175,8 @@ def check_coords(coords: Tensor, batch: int | None = None, count: int | None = N
 
 def check_weight(name: str, weight: Tensor, shape: Sequence[int], like: Tensor) -> None:
     """Check a parameter's shape, and that dtype and device are those of the features it meets."""
-    check_tensor(name, weight, shape)
+    if not (isinstance(weight, Tensor) and weight.is_mkldnn):  # packed weights are this library's own
+        check_tensor(name, weight, shape)
     if tuple(weight.shape) != tuple(shape):
         raise expected(name, f"shape {tuple(shape)}", tuple(weight.shape))
     check_alike(name, weight, like)
