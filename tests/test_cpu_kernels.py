@@ -741,7 +741,6 @@ def test_other_python_threads_run_meanwhile():
 FORK = """
 import os, sys, threading
 import torch
-from conftest import query_bytes
 sys.path.insert(0, {tests!r})
 import test_cpu_kernels as t
 
