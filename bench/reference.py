@@ -126,7 +126,7 @@ def build(path: Path, net: ViTUp) -> nn.Module:
             dim_h=D,
         )
 
-    pixels = config.hidden_size * config.patch_grid_density
+    pixels = config.hidden_layer_img_size * config.patch_grid_density
     try:
         reference = m["model.vit_up"].ViTUp(
             layer_indices=list(config.layer_indices),

@@ -676,7 +676,7 @@ SIZES_OF_A_NETWORK = {"dim": 64, "num_heads": 2, "layer_indices": (0, 2)}
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, v) for name in ("dim", "num_heads", "hidden_size", "patch_grid_density")
+        *((name, v) for name in ("dim", "num_heads", "hidden_layer_img_size", "patch_grid_density")
           for v in ("64", 64.0, True, 0, -64, None, float("nan"), [64], torch.tensor(64), np.float32(64))),
         *(("layer_indices", v) for v in ("012", b"\0\1", 3, None, (0, 1.0), ("0", "1"), (-1, 0), (0, True), (0, None))),
         *(("layer_indices", v) for v in ((), (0,), (1, 2), (0, 2, 2), (0, 3, 1), (float("nan"), 1))),
@@ -697,12 +697,12 @@ def test_configurations_hold_plain_numbers():
         np.uint8(2),
         (i for i in np.array([0, 2])),
         backbone_options=[["depth", 4]],
-        hidden_size=np.int32(64),
+        hidden_layer_img_size=np.int32(64),
     )
-    assert config == ViTUpConfig(64, 2, (0, 2), backbone_options=(("depth", 4),), hidden_size=64)
-    assert {type(n) for n in (config.dim, config.num_heads, config.hidden_size, *config.layer_indices)} == {
-        int
-    }
+    assert config == ViTUpConfig(64, 2, (0, 2), backbone_options=(("depth", 4),), hidden_layer_img_size=64)
+    assert {
+        type(n) for n in (config.dim, config.num_heads, config.hidden_layer_img_size, *config.layer_indices)
+    } == {int}
     assert hash(config) == hash(dataclasses.replace(config))
 
 

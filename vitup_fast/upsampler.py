@@ -111,19 +111,20 @@ class Upsampler(nn.Module):
                 f"width {vit_up.config.dim} and depths {vit_up.config.layer_indices} like the network",
                 f"width {backbone.dim} and depths {backbone.layer_indices}",
             )
-        size = vit_up.config.hidden_size if hidden_layer_img_size is None else hidden_layer_img_size
-        if isinstance(size, int) and not isinstance(size, bool):
+        size = vit_up.config.hidden_layer_img_size if hidden_layer_img_size is None else hidden_layer_img_size
+        if hasattr(size, "__index__") and not isinstance(size, bool):
             size = (size, size)
-        self.hidden_size = check_size("hidden_layer_img_size", size)
+        self.hidden_layer_img_size = check_size("hidden_layer_img_size", size)
         patch = backbone.patch_size
-        if self.hidden_size[0] % patch or self.hidden_size[1] % patch:
-            raise expected("hidden_layer_img_size", f"multiples of the patch size {patch}", self.hidden_size)
+        if self.hidden_layer_img_size[0] % patch or self.hidden_layer_img_size[1] % patch:
+            raise expected(
+                "hidden_layer_img_size", f"multiples of the patch size {patch}", self.hidden_layer_img_size
+            )
         density = vit_up.config.patch_grid_density
-        self.patch_grid_size = tuple(side // patch * density for side in self.hidden_size)
+        self.patch_grid_size = tuple(side // patch * density for side in self.hidden_layer_img_size)
         self.vit_up = vit_up
         self.backbone = backbone
-        self.query_chunk_size = query_chunk_size
-        self.max_memory = max_memory
+        self.query_chunk_size, self.max_memory = check_budget(query_chunk_size, max_memory)
         self._names = {"model_name": model_name, "weights": weights}
         self._current: _CurrentImages | None = None
 
@@ -157,7 +158,7 @@ class Upsampler(nn.Module):
             "backbone": self.vit_up.config.backbone,
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "hidden_layer_img_size": self.hidden_size,
+            "hidden_layer_img_size": self.hidden_layer_img_size,
             "query_chunk_size": self.query_chunk_size,
             "max_memory": self.max_memory,
             "dim": self.vit_up.config.dim,
@@ -336,7 +337,7 @@ class Upsampler(nn.Module):
         compiling = torch.compiler.is_compiling()
         with nullcontext() if compiling else ordinary_tensors():
             pixels = pixels if compiling else recordable(pixels)
-            hidden_states = self.backbone.hidden_states(pixels, self.hidden_size)
+            hidden_states = self.backbone.hidden_states(pixels, self.hidden_layer_img_size)
             patch_grid = self.backbone.patch_grid(pixels, self.patch_grid_size)
             cache = self.vit_up.prepare(hidden_states, patch_grid)
             source = None if compiling else Snapshot(parameters_and_buffers(self))

@@ -208,7 +208,7 @@ def _settings(args: argparse.Namespace, path: Path, model: Upsampler, parameters
         "model": model.model_config["model_name"],
         "parameters": parameters,
         "dtype": model.model_config["dtype"],
-        "hidden_layer_img_size": list(model.hidden_size),
+        "hidden_layer_img_size": list(model.hidden_layer_img_size),
         "size": list(size),
     }
 
@@ -230,7 +230,7 @@ def _compute(target: Target, size: tuple[int, int], model: Upsampler) -> tuple[T
 def _picture(image: Image, model: Upsampler, features: Tensor) -> Image:
     """Draw input, backbone features, bilinear and upsampled features."""
     images = normalise(image, model.backbone.mean, model.backbone.std).to(model.device)
-    tokens = model.backbone.hidden_states(images, model.hidden_size)[-1][0]  # [h, w, D]
+    tokens = model.backbone.hidden_states(images, model.hidden_layer_img_size)[-1][0]  # [h, w, D]
     return feature_picture(image, tokens, features)
 
 

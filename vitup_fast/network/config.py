@@ -25,7 +25,7 @@ class ViTUpConfig:
         layer_indices: backbone depths read, ascending from 0; 0 is the embedding, i the output of block i.
         backbone: name of the timm model whose features are upsampled.
         backbone_options: keyword arguments for ``timm.create_model`` beyond the name.
-        hidden_size: side in pixels of the image from which hidden states are computed.
+        hidden_layer_img_size: side in pixels of the image from which hidden states are computed.
         patch_grid_density: patches of the fine patch grid per hidden-state token, along each axis.
 
     Raises:
@@ -37,11 +37,11 @@ class ViTUpConfig:
     layer_indices: tuple[int, ...]
     backbone: str | None = None
     backbone_options: tuple[tuple[str, object], ...] = ()
-    hidden_size: int = 448
+    hidden_layer_img_size: int = 448
     patch_grid_density: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("dim", "num_heads", "hidden_size", "patch_grid_density"):
+        for name in ("dim", "num_heads", "hidden_layer_img_size", "patch_grid_density"):
             self._set(name, check_count(name, getattr(self, name)))
         if self.dim % (4 * self.num_heads):
             raise expected(
@@ -114,6 +114,6 @@ PRESETS = {
             ("mlp_ratio", 2.0),
             ("swiglu_align_to", 8),
         ),
-        hidden_size=64,
+        hidden_layer_img_size=64,
     ),
 }
