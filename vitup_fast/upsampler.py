@@ -31,7 +31,7 @@ from .network.config import ViTUpConfig
 from .network.image_cache import ImageCache
 from .network.model import ViTUp, check_size
 from .network.weights import Snapshot, ordinary_tensors, parameters_and_buffers, recordable
-from .ops.checks import COORDINATE_DTYPES, FEATURE_DTYPES, check_budget, check_coords
+from .ops.checks import COORDINATE_DTYPES, FEATURE_DTYPES, are_plain, check_budget, check_coords
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -334,16 +334,17 @@ class Upsampler(nn.Module):
 
     def _compute(self, pixels: Tensor) -> _CurrentImages:  # [B, 3, H, W]
         """Run the backbone and prepare the network."""
-        compiling = torch.compiler.is_compiling()
-        with nullcontext() if compiling else ordinary_tensors():
-            pixels = pixels if compiling else recordable(pixels)
+        # What PyTorch traces or transforms means nothing in a later call.
+        remembers = are_plain(pixels)
+        with ordinary_tensors() if remembers else nullcontext():
+            pixels = recordable(pixels)
             hidden_states = self.backbone.hidden_states(pixels, self.hidden_layer_img_size)
             patch_grid = self.backbone.patch_grid(pixels, self.patch_grid_size)
             cache = self.vit_up.prepare(hidden_states, patch_grid)
-            source = None if compiling else Snapshot(parameters_and_buffers(self))
-        current = _CurrentImages(pixels, cache, source, self.vit_up.compute_dtype)
-        if not compiling:
-            self._current = current
+        if not remembers:
+            return _CurrentImages(pixels, cache)
+        source = Snapshot(parameters_and_buffers(self))
+        current = self._current = _CurrentImages(pixels, cache, source, self.vit_up.compute_dtype)
         return current
 
     def _budget(self, query_chunk_size: int | None) -> dict[str, int | None]:

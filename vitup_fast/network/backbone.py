@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError, brief, expected, require
 from ..images import MEAN, STD
-from ..ops.checks import FEATURE_DTYPES, check_count, check_layer, check_plain
+from ..ops.checks import FEATURE_DTYPES, are_plain, check_count, check_layer, check_plain
 from .config import ViTUpConfig
 
 LORA_PREFIX = "backbone.base_model.model."
@@ -576,10 +576,9 @@ def _fold_axis(source: int, patches: int, patch: int) -> _Axis:
 
 def _axes(images: Tensor, weight: Tensor, size: tuple[int, int]) -> tuple[_Axis, _Axis]:
     """Plan rows and columns."""
-    height, width = (
-        operator.index(side) for side in images.shape[2:]
-    )  # the plan depends on the very numbers
-    return _fold_axis(height, size[0], weight.shape[-1]), _fold_axis(width, size[1], weight.shape[-1])
+    # The plan depends on the very numbers, also where a tracer would have them vary.
+    height, width, patch = (operator.index(n) for n in (*images.shape[2:], weight.shape[-1]))
+    return _fold_axis(height, size[0], patch), _fold_axis(width, size[1], patch)
 
 
 def _folding_pays(images: Tensor, weight: Tensor, size: tuple[int, int]) -> bool:
@@ -654,6 +653,7 @@ def _embed_strips(
     grid = images.new_empty(len(images), *size, len(weight), dtype=dtype)
     step = max(1, _STRIP_ELEMENTS // (images.shape[0] * images.shape[1] * size[1] * patch**2))
     trains = torch.is_grad_enabled() and (images.requires_grad or weight.requires_grad)
+    trains = trains and are_plain(images, weight)  # transforms of gradients know no checkpoints
     for start in range(0, size[0], step):
         stop = min(start + step, size[0])
         if trains:
