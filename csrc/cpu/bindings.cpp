@@ -56,6 +56,7 @@ void bind_cpu(py::module_ m) {
   using namespace vitup_fast::cpu;
   using Address = uint64_t;
   const auto release = py::call_guard<py::gil_scoped_release>();
+  prepare_threads();
 
   m.def("instruction_sets", &instruction_sets);
   m.def("instruction_set", [] {

@@ -3,8 +3,13 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
+#include <fstream>
+#include <iterator>
 #include <list>
 #include <mutex>
+#include <sstream>
+#include <string>
 #include <system_error>
 #include <thread>
 
@@ -111,30 +116,48 @@ using OpenMPParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 OpenMPParallel openmp_of_process() {
 #if defined(__unix__) || defined(__APPLE__)
-  return reinterpret_cast<OpenMPParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  static const auto found = reinterpret_cast<OpenMPParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
 #else
   return nullptr;
 #endif
 }
 
-// The pool is never destroyed: workers may outlive static objects. A forked child has none of its parent's threads, nor
-// knows in which state they left pool and OpenMP, and starts with a new pool.
+// Never destroyed: workers may outlive static objects.
 std::atomic<Pool*> pool{nullptr};
-std::atomic<OpenMPParallel> openmp{nullptr};
+// Whether this thread's OpenMP has none but threads of this process.
+std::atomic<bool> openmp_works{true};
 
-void prepare() {
-  static const bool prepared = [] {
-    pool = new Pool;
-    openmp = openmp_of_process();
 #if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, [] {
-      pool = new Pool;
-      openmp = nullptr;
-    });
+thread_local bool openmp_ended;
+
+// A child has none of its parent's threads, and GNU OpenMP would wait for them for ever, in PyTorch's operations too. So
+// those of the thread that forks end here; its next region starts others, in the parent as in the child.
+void before_fork() {
+  using Pause = int (*)(int kind);
+  const auto pause = reinterpret_cast<Pause>(dlsym(RTLD_DEFAULT, "omp_pause_resource_all"));
+  constexpr int SOFT = 1;
+  openmp_ended = pause && pause(SOFT) == 0;
+}
+
+void after_fork_in_child() {
+  pool = new Pool;
+  if (!openmp_ended) openmp_works = false;
+}
 #endif
-    return true;
-  }();
-  (void)prepared;
+
+// Whether the kernel knows this process as forked from another and running the same program.
+bool is_forked() {
+#if defined(__linux__)
+  constexpr unsigned long FORKED_WITHOUT_EXEC = 0x40;
+  std::ifstream file("/proc/self/stat");
+  std::string text((std::istreambuf_iterator<char>(file)), {}), field;
+  std::istringstream after_name(text.substr(text.rfind(')') + 1));  // a name may hold spaces and parentheses
+  for (int i = 0; i < 7; ++i) after_name >> field;
+  return std::strtoul(field.c_str(), nullptr, 10) & FORKED_WITHOUT_EXEC;
+#else
+  return false;
+#endif
 }
 
 struct Region {
@@ -150,6 +173,14 @@ void join(void* data) {
 
 }  // namespace
 
+void prepare_threads() {
+  pool = new Pool;
+  openmp_works = !is_forked();  // nobody ended the parent's
+#if defined(__unix__) || defined(__APPLE__)
+  pthread_atfork(before_fork, nullptr, after_fork_in_child);
+#endif
+}
+
 void run_parallel(int64_t threads, int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
   if (threads > tasks) threads = tasks;
   if (threads <= 1) {
@@ -161,8 +192,7 @@ void run_parallel(int64_t threads, int64_t tasks, void (*body)(void*, int64_t, i
   job.context = context;
   job.tasks = tasks;
   job.threads = threads;
-  prepare();
-  if (const OpenMPParallel parallel = openmp) {
+  if (const OpenMPParallel parallel = openmp_works ? openmp_of_process() : nullptr) {
     Region region{&job};
     parallel(join, &region, static_cast<unsigned>(threads), 0);
   } else {
