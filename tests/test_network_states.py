@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from vitup_fast import InputError, ViTUp, ViTUpConfig
-from vitup_fast.network.weights import Snapshot, _portable_fingerprint, fingerprint
+from vitup_fast.network.weights import Look, Memory, Snapshot, _portable_checksum
 from vitup_fast.testing import assert_within_budget, random_coords, random_image, random_network
 
 CONFIG = ViTUpConfig(dim=64, num_heads=2, layer_indices=(0, 1, 2))
@@ -298,7 +298,7 @@ def test_changed_weights_are_noticed_with_the_same_image(changing, coords, impl,
 
 
 def test_every_value_is_compared_in_large_calls(changing):
-    coords = random_coords(torch.Generator().manual_seed(6), 1, 1024)
+    coords = random_coords(torch.Generator().manual_seed(6), 1, 2048)
     cache = changing.prepare(*make_image(3))
     changing(cache, coords)
     UNCOUNTED["an element"](changing)
@@ -308,9 +308,13 @@ def test_every_value_is_compared_in_large_calls(changing):
     )
 
 
-@pytest.mark.parametrize("checksum", [fingerprint, _portable_fingerprint])
+def compiled_checksum(tensors):
+    return Memory.of([t.contiguous() for t in tensors]).checksum(Look.EVERY_VALUE)
+
+
+@pytest.mark.parametrize("checksum", [compiled_checksum, _portable_checksum])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
-def test_fingerprints_see_every_value_and_its_place(checksum, dtype):
+def test_checksums_see_every_value_and_its_place(checksum, dtype):
     generator = torch.Generator().manual_seed(0)
     tensors = [
         torch.randint(0, 100, shape, generator=generator).to(dtype)

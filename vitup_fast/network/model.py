@@ -20,7 +20,7 @@ from .config import ViTUpConfig
 from .grid import SHARED_TABLE_ROWS, Grid, Queries, cell_centres
 from .image_cache import ImageCache
 from .layers import Block, Decoder, PositionCode, RotaryFrequencies
-from .weights import EVERY_VALUE_QUERIES, NetworkWeights, Snapshot, collect
+from .weights import Look, NetworkWeights, Snapshot, affordable_look, collect
 
 
 class _Remembered(NamedTuple):
@@ -60,8 +60,10 @@ class ViTUp(nn.Module):
 
     Weights are packed for the kernels once. Whatever PyTorch counts as a change (an optimiser's step,
     ``load_state_dict``, a replaced parameter or layer) is noticed in the next call. Writes past it (``weight.data``,
-    NumPy) are noticed where every value is read: in :meth:`prepare`, and on the CPU in a call of 1024 queries or
-    more; smaller calls there notice a change of every row, or of one whole row.
+    NumPy) are looked for as closely as costs at most two percent: every value is compared in networks of up to 4 MB
+    and in calls of 2048 queries or more (on a GPU in :meth:`prepare`), every row in :meth:`prepare`, and every eighth
+    row in smaller calls, which notices what changes whole matrices (averages of weights). Write under
+    ``torch.no_grad()`` instead, ``weight[i, j] = x``, and nothing has to be looked for.
 
     Args:
         config: sizes of the network.
@@ -304,8 +306,8 @@ class ViTUp(nn.Module):
         depths = tuple(range(L)) if options.return_all_layers else (L - 1,)
         decoding = Decoding(depths, folded, options.labels)
         groups = list(cut(B, max(1, spans.chunk // max(1, count))))  # images whose queries share a chunk
-        every_value = B * count >= EVERY_VALUE_QUERIES
-        walk = self._walk(choose_walk(settings), settings, weights, every_value=every_value)
+        look = affordable_look(weights.parameters, B * count)
+        walk = self._walk(choose_walk(settings), settings, weights, look)
         outputs: Sequence[Tensor] = ()
         if settings.in_place:
             with plain_modes(self.device):
@@ -334,8 +336,7 @@ class ViTUp(nn.Module):
         kind: type[Walk],
         settings: Settings,
         weights: NetworkWeights,
-        *,
-        every_value: bool | None = None,
+        look: Look = Look.NONE,
     ) -> Walk:
         """A walk by these weights: the remembered one if they are what it was made of."""
         if not kind.remembered:
@@ -344,9 +345,7 @@ class ViTUp(nn.Module):
         # What is folded inside a caller's graph exists only when that graph is replayed.
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         known = self._walks.get(key)
-        if known is not None and known.source.holds(
-            weights.tensors, every_value=None if capturing else every_value
-        ):
+        if known is not None and known.source.holds(weights.tensors, Look.NONE if capturing else look):
             return known.walk
         walk = kind(weights, settings)
         if not capturing:
@@ -354,10 +353,15 @@ class ViTUp(nn.Module):
         return walk
 
     def _forget_changed_walks(self, weights: NetworkWeights) -> None:
-        """Forget walks by weights that were other ones, every value compared."""
+        """Forget walks by weights that were other ones."""
         if self._walks and not torch.compiler.is_compiling():
+            look = affordable_look(weights.parameters, 0)
+            # On a GPU every value is read in less time than this takes to begin.
+            look = (
+                Look.EVERY_ROW if self.device.type == "cpu" and look != Look.EVERY_VALUE else Look.EVERY_VALUE
+            )
             for key, known in list(self._walks.items()):
-                if not known.source.holds(weights.tensors, every_value=True):
+                if not known.source.holds(weights.tensors, look):
                     self._walks.pop(key, None)
 
     def _computes_in_place(self, weights: NetworkWeights, inputs: Sequence[Tensor]) -> bool:

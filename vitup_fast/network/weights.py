@@ -6,8 +6,10 @@ Layers are read, never called. What a layer wraps or hooks is therefore honoured
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import IntEnum
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -21,8 +23,9 @@ from ..ops.primitives import LAYER_NORM_EPS
 
 Nested = TypeVar("Nested")
 
-# Queries of a call in which reading every weight costs at most two percent; calls of fewer read some of each row.
-EVERY_VALUE_QUERIES = 1024
+# Where reading every weight costs at most two percent of a call: queries, or bytes of all weights.
+EVERY_VALUE_QUERIES = 2048
+EVERY_VALUE_BYTES = 4 << 20
 # Tensors that are read as a whole wherever some of them are: vectors, and matrices of short rows.
 SMALL_BYTES = 1 << 17
 
@@ -71,7 +74,10 @@ class NetworkWeights(NamedTuple):
     @property
     def parameters(self) -> list[Tensor]:
         """All that is trained."""
-        return [*_leaves(self.blocks), *_leaves(self.decoders)]
+        groups = [*self.decoders]
+        for transition, attention, position, film, mlp, image in self.blocks:
+            groups += (transition, attention, position, film[0], film[1:], mlp, image)
+        return list(chain.from_iterable(groups))
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -96,117 +102,103 @@ def _map(value: Nested, fn: Callable[[Tensor], Tensor]) -> Nested:
     return mapped if isinstance(value, list) else type(value)(*mapped)
 
 
-def _leaves(value: object) -> Iterator[Tensor]:
-    """Every tensor of nested named tuples and lists."""
-    if isinstance(value, Tensor):
-        yield value
-    else:
-        for part in value:
-            yield from _leaves(part)
-
-
 def collect(root: nn.Module) -> NetworkWeights:
     """Read the parameters of a network whose modules carry the published names.
 
     Raises:
         InputError: a layer wraps, hooks or is something else than what is read of it.
     """
-    blocks = [_block(*named) for named in _children(root.vit_up_blocks, "vit_up_blocks")]
-    decoders = [
-        DecoderWeights(*_layers(_mlp(decoder, name, norm=True, gelu=False)))
-        for decoder, name in _children(root.decoder_mlp, "decoder_mlp")
+    blocks = _open(root._modules, "", "vit_up_blocks")
+    decoders = _open(root._modules, "", "decoder_mlp")
+    block_weights = [_block(*_open(*blocks, part)) for part in blocks[0]]
+    decoder_weights = [
+        DecoderWeights(*_mlp(*decoders, part, (nn.LayerNorm, nn.Linear))) for part in decoders[0]
     ]
-    device = decoders[0].weight.device  # also a meta device, to which constants do not move
-    return NetworkWeights(blocks, decoders, root.rel_pos_enc.freqs.to(device), root.rope.inv_freq.to(device))
+    device = decoder_weights[0].weight.device  # also a meta device, to which constants do not move
+    constants = root.rel_pos_enc.freqs.to(device), root.rope.inv_freq.to(device)
+    return NetworkWeights(block_weights, decoder_weights, *constants)
 
 
-def _block(block: nn.Module, name: str) -> BlockWeights:
+_Children = dict[str, nn.Module]
+_TWO_LAYERS = (nn.Linear, nn.GELU, nn.Linear)
+_NORM_AND_TWO_LAYERS = (nn.LayerNorm, *_TWO_LAYERS)
+
+
+def _block(children: _Children, name: str) -> BlockWeights:
     """Collect the parameters of one block."""
-    parts = _named(block, name)
-    attention, featx = _named(*parts("cross_attention")), _named(*parts("featx"))
-    query, key, value, out = (attention(f"{part}_proj") for part in ("q", "k", "v", "out"))
+    attention, featx = _open(children, name, "cross_attention"), _open(children, name, "featx")
+
+    def norm(part: str, of: tuple[_Children, str] = (children, name)) -> tuple[Tensor, Tensor]:
+        return _read(*of, part, nn.LayerNorm)
+
+    query, key, value, out = (_read(*attention, f"{part}_proj", nn.Linear) for part in ("q", "k", "v", "out"))
+    post = MLPWeights(*_mlp(*featx, "post_mlp", _NORM_AND_TWO_LAYERS))
     return BlockWeights(
-        MLPWeights(*_layers(_mlp(*parts("transition_mlp"), norm=True))),
-        AttentionWeights(*_layers((parts("norm_q_global"), query, out))),
-        PositionWeights(*_layers(_mlp(*featx("gamma_beta_mlp"), norm=False))),
-        FilmWeights(
-            MLPWeights(*_layers(_mlp(*featx("post_mlp"), norm=True))), *_layers((parts("norm_h_local"),))
-        ),
-        MLPWeights(*_layers((parts("norm_post"), *_mlp(*parts("mlp"), norm=False)))),
-        ImageWeights(*_layers((parts("norm_h_global"), key, value, featx("norm_input")))),
+        MLPWeights(*_mlp(children, name, "transition_mlp", _NORM_AND_TWO_LAYERS)),
+        AttentionWeights(*norm("norm_q_global"), *query, *out),
+        PositionWeights(*_mlp(*featx, "gamma_beta_mlp", _TWO_LAYERS)),
+        FilmWeights(post, *norm("norm_h_local")),
+        MLPWeights(*norm("norm_post"), *_mlp(children, name, "mlp", _TWO_LAYERS)),
+        ImageWeights(*norm("norm_h_global"), *key, *value, *norm("norm_input", featx)),
     )
 
 
-_Named = tuple[nn.Module, str]
-
-
-def _named(module: nn.Module, name: str) -> Callable[[str], _Named]:
-    """Look up the children of a module that is passed through, with their names."""
-    _check_container(module, name)
-    children = module._modules
-
-    def child(part: str) -> _Named:
-        if part not in children:
-            raise expected(name, f"a module that holds {part}", type(module).__name__)
-        return children[part], f"{name}.{part}"
-
-    return child
-
-
-def _children(modules: nn.Module, name: str) -> Iterator[_Named]:
-    """Every child of a list of modules, with its name."""
-    _check_container(modules, name)
-    for part, child in modules._modules.items():
-        yield child, f"{name}.{part}"
-
-
-def _check_container(module: nn.Module, name: str) -> None:
-    """Refuse what a module that is passed through would run around its forward, or in its place."""
-    if _wrapped(module):
+def _open(children: _Children, parent: str, part: str) -> tuple[_Children, str]:
+    """Look into a module that is passed through: its children, and its name."""
+    module, name = children.get(part), f"{parent}.{part}" if parent else part
+    if module is None:
+        raise expected(parent or "network", f"a module that holds {part}", ", ".join(children) or "none")
+    if _is_wrapped(module):
         check_layer(name, module, type(module))
+    return module._modules, name
 
 
-def _mlp(module: nn.Module, name: str, *, norm: bool, gelu: bool = True) -> list[_Named]:
-    """The layers with parameters of an MLP: a LayerNorm if ``norm``, and one linear layer or two with GELU between."""
-    (sequence, sequence_name) = _named(module, name)("mlp")
-    layers = list(_children(sequence, sequence_name))
+def _mlp(children: _Children, parent: str, part: str, kinds: Sequence[type[nn.Module]]) -> list[Tensor]:
+    """Parameters of an MLP, a sequence of layers of the given kinds called ``mlp``."""
+    layers, name = _open(*_open(children, parent, part), "mlp")
     # Dropout does nothing in evaluation, and at a rate of zero.
-    kept = [(m, n) for m, n in layers if not (isinstance(m, nn.Dropout) and (m.p == 0 or not m.training))]
-    kinds = (*((nn.LayerNorm,) if norm else ()), *((nn.Linear, nn.GELU) if gelu else ()), nn.Linear)
+    kept = [k for k, m in layers.items() if not (isinstance(m, nn.Dropout) and (m.p == 0 or not m.training))]
     if len(kept) != len(kinds):
-        found = ", ".join(type(m).__name__ for m, _ in layers)
-        raise expected(sequence_name, f"the layers {', '.join(k.__name__ for k in kinds)}", found)
-    for (layer, layer_name), kind in zip(kept, kinds, strict=True):
-        if kind is nn.GELU and not (type(layer) is nn.GELU and layer.approximate == "none"):
-            raise expected(layer_name, "nn.GELU(), the exact one", repr(layer))
-    return [layer for layer, kind in zip(kept, kinds, strict=True) if kind is not nn.GELU]
+        wanted, found = (", ".join(k.__name__ for k in t) for t in (kinds, map(type, layers.values())))
+        raise expected(name, f"the layers {wanted}", found or "none")
+    tensors: list[Tensor] = []
+    for key, kind in zip(kept, kinds, strict=True):
+        if kind is not nn.GELU:
+            tensors += _read(layers, name, key, kind)
+        elif type(layers[key]) is not nn.GELU or layers[key].approximate != "none":
+            raise expected(f"{name}.{key}", "nn.GELU(), the exact one", repr(layers[key]))
+        elif _is_wrapped(layers[key]):
+            check_layer(f"{name}.{key}", layers[key], nn.GELU)
+    return tensors
 
 
-def _layers(layers: Iterable[_Named]) -> Iterator[Tensor]:
-    """Weight and bias of each linear layer or LayerNorm in turn."""
-    for layer, name in layers:
-        kind = nn.LayerNorm if isinstance(layer, nn.LayerNorm) else nn.Linear
-        if type(layer) is not kind or _wrapped(layer):
-            check_layer(name, layer, kind)
-        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if weight is None or bias is None:  # computed by a parametrization, or plain tensors in a replica
-            weight, bias = layer.weight, layer.bias
-        if weight is None or bias is None:
-            raise expected(name, "a layer with weight and bias", repr(layer))
-        if kind is nn.LayerNorm and layer.eps != LAYER_NORM_EPS:
-            raise expected(name, f"eps = {LAYER_NORM_EPS}", layer.eps)
-        yield weight
-        yield bias
+def _read(children: _Children, parent: str, part: str, kind: type[nn.Module]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a linear layer or LayerNorm."""
+    layer = children.get(part)
+    if type(layer) is not kind or _is_wrapped(layer):
+        if not isinstance(layer, nn.Module):
+            raise expected(parent, f"a module that holds {part}", ", ".join(children) or "none")
+        check_layer(f"{parent}.{part}", layer, kind)
+    parameters = layer._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if weight is None or bias is None:  # computed by a parametrization, or plain tensors in a replica
+        weight, bias = layer.weight, layer.bias
+    if weight is None or bias is None:
+        raise expected(f"{parent}.{part}", "a layer with weight and bias", repr(layer))
+    if kind is nn.LayerNorm and layer.eps != LAYER_NORM_EPS:
+        raise expected(f"{parent}.{part}", f"eps = {LAYER_NORM_EPS}", layer.eps)
+    return weight, bias
 
 
-def _wrapped(module: nn.Module) -> bool:
+def _is_wrapped(module: nn.Module) -> bool:
     """Whether calling a module would run more than the forward of its class."""
     attributes = module.__dict__
-    return "forward" in attributes or bool(
+    return bool(
         attributes["_forward_hooks"]
         or attributes["_forward_pre_hooks"]
         or attributes["_backward_hooks"]
         or attributes["_backward_pre_hooks"]
+        or "forward" in attributes
     )
 
 
@@ -239,39 +231,55 @@ def ordinary_tensors() -> Iterator[None]:
         yield
 
 
+class Look(IntEnum):
+    """How closely tensors are looked at for writes that PyTorch does not count; rows are those of matrices."""
+
+    NONE = -1
+    EVERY_VALUE = 0
+    EVERY_ROW = 1  # 64 bytes of each
+    SOME_ROWS = 8  # 64 bytes of every eighth
+
+
+def affordable_look(tensors: Sequence[Tensor], queries: int) -> Look:
+    """How closely a call of so many queries looks at weights: so that it costs at most two percent of the call."""
+    if queries >= EVERY_VALUE_QUERIES or sum(t.nbytes for t in tensors) <= EVERY_VALUE_BYTES:
+        return Look.EVERY_VALUE
+    return Look.SOME_ROWS
+
+
 class Snapshot:
     """Which tensors something was made from, and what they held: it holds no tensor.
 
     Tensors are known by themselves (weakly), their memory, layout and version. Writes that PyTorch does not count
-    (through ``.data``, NumPy, or to inference tensors) show in a checksum over their bytes.
+    (through ``.data``, NumPy, or to inference tensors) show in checksums over their bytes.
 
     Args:
         tensors: what it was made from.
-        checksums: whether checksums are taken too; inference tensors have one in any case.
+        checksums: whether checksums are taken too; of inference tensors they are in any case.
     """
 
     def __init__(self, tensors: Sequence[Tensor], *, checksums: bool = False) -> None:
         self._references = [weakref.ref(t) for t in tensors]
         self._facts = [_facts(t) for t in tensors]
         self._uncounted = any(t.is_inference() for t in tensors)
-        self._sum = fingerprint(tensors) if checksums or self._uncounted else None
-        self._some = fingerprint(tensors, every_value=False) if checksums else None
+        self._memory = Memory.of(tensors) if all(t.is_contiguous() for t in tensors) else None
+        looks = [Look.EVERY_VALUE] if checksums or self._uncounted else []
+        looks += [Look.EVERY_ROW, Look.SOME_ROWS] if checksums else []
+        self._checksums = {look: self._checksum(tensors, look) for look in looks}
 
-    def holds(self, tensors: Sequence[Tensor], *, every_value: bool | None = None) -> bool:
-        """Whether these are still the same tensors with the same values.
-
-        Args:
-            tensors: what there is now.
-            every_value: compare checksums over every value (True) or over some of each row (False), or none (None).
-        """
+    def holds(self, tensors: Sequence[Tensor], look: Look = Look.NONE) -> bool:
+        """Whether these are still the same tensors with the same values, as far as a look at them shows."""
         if len(tensors) != len(self._references):
             return False
         for t, reference, facts in zip(tensors, self._references, self._facts, strict=True):
             if reference() is not t or _facts(t) != facts:
                 return False
-        if every_value or self._uncounted:
-            return self._sum == fingerprint(tensors)
-        return every_value is None or self._some == fingerprint(tensors, every_value=False)
+        look = Look.EVERY_VALUE if self._uncounted else look
+        return look == Look.NONE or self._checksums[look] == self._checksum(tensors, look)
+
+    def _checksum(self, tensors: Sequence[Tensor], look: Look) -> int:
+        """Checksum of what the tensors hold now."""
+        return (self._memory or Memory.of([t.contiguous() for t in tensors])).checksum(look)
 
 
 def _facts(t: Tensor) -> tuple[object, ...]:
@@ -279,35 +287,46 @@ def _facts(t: Tensor) -> tuple[object, ...]:
     return t.data_ptr(), t.shape, t.stride(), t.dtype, None if t.is_inference() else t._version
 
 
-def fingerprint(tensors: Sequence[Tensor], *, every_value: bool = True) -> int:
-    """Checksum over the bytes of tensors and their places.
+class Memory(NamedTuple):
+    """Where contiguous tensors lie; on other devices than the CPU, the tensors (weakly)."""
 
-    Args:
-        tensors: on one device, any dtype.
-        every_value: read all of them; otherwise small tensors, and of large ones 64 bytes of every row, and that on
-            the CPU alone (elsewhere nothing).
-    """
-    with torch.no_grad():
-        plain = [t.detach().contiguous() for t in tensors]
-    if not plain:
-        return 0
-    if plain[0].device.type != "cpu" or extension.obstacle("cpu") is not None:
-        return _portable_fingerprint(plain) if every_value else 0
-    small = [t for t in plain if every_value or t.nbytes <= SMALL_BYTES]
-    large = [t for t in plain if not every_value and t.nbytes > SMALL_BYTES]
-    row = min((t.shape[-1] * t.itemsize for t in large), default=0)
-    return _memory_fingerprint(small, 0) ^ _memory_fingerprint(large, row if row >= 64 else 0)
+    addresses: list[int]
+    sizes: list[int]
+    rows: list[int]  # bytes of a row, zero for vectors and small matrices
+    elsewhere: list[weakref.ref[Tensor]]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Memory:
+        """Look up where tensors lie; the caller keeps them alive."""
+        if tensors and (tensors[0].device.type != "cpu" or extension.obstacle("cpu") is not None):
+            return cls([], [], [], [weakref.ref(t) for t in tensors])
+        rows = [t.shape[-1] * t.itemsize if t.nbytes > SMALL_BYTES else 0 for t in tensors]
+        return cls([t.data_ptr() for t in tensors], [t.nbytes for t in tensors], rows, [])
+
+    def checksum(self, look: Look) -> int:
+        """Checksum over the bytes and their places; on other devices, which read fast, over all or none of them."""
+        if self.elsewhere:
+            tensors = [reference() for reference in self.elsewhere]
+            return _portable_checksum(tensors) if look == Look.EVERY_VALUE else 0
+        if look == Look.EVERY_VALUE:
+            return _checksum(self.addresses, self.sizes)
+        regions = list(zip(self.addresses, self.sizes, self.rows, strict=True))
+        small = [(address, size) for address, size, row in regions if row == 0]
+        large = [(address, size) for address, size, row in regions if row > 0]
+        stride = look * min((row for row in self.rows if row), default=0)
+        return _checksum(*zip(*small, strict=True)) ^ _checksum(*zip(*large, strict=True), stride=stride)
 
 
-def _memory_fingerprint(tensors: Sequence[Tensor], stride: int) -> int:
-    """Checksum over contiguous memory of the CPU, or over 64 of every ``stride`` bytes of each tensor."""
-    addresses, sizes = [t.data_ptr() for t in tensors], [t.nbytes for t in tensors]
-    return extension.load().cpu.fingerprint(addresses, sizes, stride, threads=torch.get_num_threads())
+def _checksum(addresses: Sequence[int] = (), sizes: Sequence[int] = (), stride: int = 0) -> int:
+    """Checksum over memory of the CPU, or over 64 of every ``stride`` bytes of each region."""
+    stride = stride if stride >= 64 else 0
+    library = extension.load().cpu
+    return library.fingerprint(addresses, sizes, stride, threads=torch.get_num_threads())
 
 
-def _portable_fingerprint(tensors: Sequence[Tensor]) -> int:
+def _portable_checksum(tensors: Sequence[Tensor]) -> int:
     """The same by PyTorch, on any device, with one synchronisation."""
-    flat = [t.flatten().view(torch.uint8) for t in tensors]
+    flat = [t.detach().flatten().view(torch.uint8) for t in tensors]
     padding = torch.zeros(-sum(t.numel() for t in flat) % 4, dtype=torch.uint8, device=flat[0].device)
     words = torch.cat([*flat, padding]).view(torch.int32)
     factors = torch.arange(1, 2 * words.numel(), 2, dtype=torch.int32, device=words.device)

@@ -18,11 +18,12 @@ from ..kernels.cpu.residual_mlp import pack_mlp, residual_mlp
 from ..kernels.cpu.rope_cross_attention import Attention, pack_attention, pack_image, rope_cross_attention
 from ..network.image_cache import ImageCache
 from ..network.weights import (
-    EVERY_VALUE_QUERIES,
     BlockWeights,
     DecoderWeights,
+    Look,
     NetworkWeights,
     Snapshot,
+    affordable_look,
 )
 from .plan import Spans
 from .walk import Chunk, Decoding, Settings, Step, Walk, plain_modes
@@ -124,8 +125,8 @@ class CpuWalk(Walk):
         with plain_modes(cache.patch_grid.device):
             cache = cache.to(self.dtype)
             context = self._context(scratch_bytes)
-            many = spans.lines * spans.length * cache.batch_size >= EVERY_VALUE_QUERIES
-            images = self._packed(context, cache, every_value=many or None)
+            look = affordable_look(cache.keys, spans.lines * spans.length * cache.batch_size)
+            images = self._packed(context, cache, look)
             decoders = {depth: self.decoders[depth] for depth in decoding.depths}
             if decoding.head is not None:
                 last = decoding.depths[-1]
@@ -152,11 +153,11 @@ class CpuWalk(Walk):
         """Pack the parameters of a decoder."""
         return context.norm(*decoder[:2]), context.matrix(*decoder[2:])
 
-    def _packed(self, context: Context, cache: ImageCache, every_value: bool | None) -> _PackedImages:
+    def _packed(self, context: Context, cache: ImageCache, look: Look) -> _PackedImages:
         """Keys and values of a cache, packed at its first use."""
         source = (*cache.keys, *cache.values)
         known = self._images.get(source[0])
-        if known is None or not known.source.holds(source, every_value=every_value):
+        if known is None or not known.source.holds(source, look):
             pairs = [pack_image(context, *pair) for pair in zip(cache.keys, cache.values, strict=True)]
             keys, values = (list(tensors) for tensors in zip(*pairs, strict=True))
             known = self._images[source[0]] = _PackedImages(keys, values, Snapshot(source, checksums=True))
