@@ -157,7 +157,7 @@ class Unit:
     """One kernel with everything that decides its code."""
 
     kernel: str
-    role: str
+    variant: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     options: tuple[tuple[str, int], ...]
@@ -195,7 +195,7 @@ def unit_of(launch: common.Launch, sm: int) -> Unit:
             signature.append((name, "i32" if value < 2**31 else "i64"))
     return Unit(
         kernel.fn.__name__,
-        launch.role,
+        launch.variant,
         tuple(signature),
         tuple(constants.items()),
         tuple(sorted(options.items())),

@@ -49,8 +49,8 @@ REPEATS = 15
 FEW_QUERIES = 1000
 
 
-class Role(NamedTuple):
-    """A kernel's role: the operation to time it in, and which of its settings are worth a try.
+class Variant(NamedTuple):
+    """A kernel's variant: the operation to time it in, and which of its settings are worth a try.
 
     Attributes:
         operation: name in :data:`vitup_fast.testing.OPERATIONS`.
@@ -78,33 +78,33 @@ def _products(tiles: Sequence[int] = ()) -> dict[str, Sequence[int]]:
 
 
 _ATTENTION = {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)}
-ROLES: dict[str, Role] = {
-    "linear": Role("residual_mlp", False, _products(tiles=(1,))),
-    "linear_rows": Role("film_mlp_table", False, _products(tiles=(1, 3))),
-    "linear_few_rows": Role(
+VARIANTS: dict[str, Variant] = {
+    "linear": Variant("residual_mlp", False, _products(tiles=(1,))),
+    "linear_rows": Variant("film_mlp_table", False, _products(tiles=(1, 3))),
+    "linear_few_rows": Variant(
         "film_mlp_table", False, {**_products(tiles=(1,)), "BLOCK_M": (32, 64)}, few=True
     ),
-    "attention": Role("rope_cross_attention", False, {**_ATTENTION, "BLOCK_K": (32, 64)}),
-    "hidden_backward": Role("residual_mlp", True, _products()),
-    "weight_gradient": Role("residual_mlp", True, _products()),
-    "attention_query_backward": Role("rope_cross_attention", True, _ATTENTION),
-    "attention_key_backward": Role("rope_cross_attention", True, _ATTENTION),
+    "attention": Variant("rope_cross_attention", False, {**_ATTENTION, "BLOCK_K": (32, 64)}),
+    "hidden_backward": Variant("residual_mlp", True, _products()),
+    "weight_gradient": Variant("residual_mlp", True, _products()),
+    "attention_query_backward": Variant("rope_cross_attention", True, _ATTENTION),
+    "attention_key_backward": Variant("rope_cross_attention", True, _ATTENTION),
 }
 
 
-def candidates(role: Role) -> Iterator[Settings]:
+def candidates(variant: Variant) -> Iterator[Settings]:
     """Every combination whose accumulators fit the registers of a block."""
-    for values in itertools.product(*role.candidates.values()):
-        settings = dict(zip(role.candidates, values, strict=True))
+    for values in itertools.product(*variant.candidates.values()):
+        settings = dict(zip(variant.candidates, values, strict=True))
         sums = settings["BLOCK_M"] * settings["BLOCK_N"] * settings.get("TILES", 1)
         if sums <= 192 * 32 * settings["num_warps"]:
             yield settings
 
 
-def runner(role: Role, arguments: Arguments, impl: str) -> Callable[[], list[Tensor]]:
-    """The operation of a role, forward or with its backward pass."""
-    function = OPERATIONS[role.operation].function
-    if not role.backward:
+def runner(variant: Variant, arguments: Arguments, impl: str) -> Callable[[], list[Tensor]]:
+    """The operation of a variant, forward or with its backward pass."""
+    function = OPERATIONS[variant.operation].function
+    if not variant.backward:
         return torch.no_grad()(lambda: tensors(function(**arguments, impl=impl)))
     leaves = {n: t.clone().requires_grad_() for n, t in differentiable_tensors(arguments).items()}
     arguments = with_tensors(arguments, leaves)
@@ -119,14 +119,14 @@ def runner(role: Role, arguments: Arguments, impl: str) -> Callable[[], list[Ten
 def compile_candidate(
     name: str, settings: Settings, sizes: Sizes, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Run a role once with some settings, so that Triton's cache, which processes share, holds what it needs."""
+    """Run a variant once with some settings, so that Triton's cache, which processes share, holds what it needs."""
     from vitup_fast.kernels.triton import common
 
-    role = ROLES[name]
+    variant = VARIANTS[name]
     generator = torch.Generator().manual_seed(0)
-    arguments = OPERATIONS[role.operation].inputs(sizes, generator, dtype=dtype, device=device)
+    arguments = OPERATIONS[variant.operation].inputs(sizes, generator, dtype=dtype, device=device)
     with contextlib.suppress(KernelError), common.overridden_settings({name: settings}):
-        runner(role, arguments, "triton")()
+        runner(variant, arguments, "triton")()
 
 
 def tune_role(
@@ -137,10 +137,10 @@ def tune_role(
     stopwatch: Stopwatch,
     progress: Callable[[], object] = lambda: None,
 ) -> tuple[Settings, float, float]:
-    """Find the fastest exact settings of one role.
+    """Find the fastest exact settings of one variant.
 
     Args:
-        name: role in :data:`ROLES`.
+        name: variant in :data:`VARIANTS`.
         sizes: sizes of the operation.
         dtype: compute type.
         device: GPU.
@@ -152,16 +152,16 @@ def tune_role(
     """
     from vitup_fast.kernels.triton import common
 
-    role = ROLES[name]
-    arguments = OPERATIONS[role.operation].inputs(
+    variant = VARIANTS[name]
+    arguments = OPERATIONS[variant.operation].inputs(
         sizes, torch.Generator().manual_seed(0), dtype=dtype, device=device
     )
-    small = OPERATIONS[role.operation].inputs(
+    small = OPERATIONS[variant.operation].inputs(
         sizes._replace(N=min(sizes.N, 300)), torch.Generator().manual_seed(1), dtype=dtype, device=device
     )
-    eager = runner(role, small, "reference")()
-    exact = runner(role, cast(small, torch.float64), "reference")()
-    run, check = runner(role, arguments, "triton"), runner(role, small, "triton")
+    eager = runner(variant, small, "reference")()
+    exact = runner(variant, cast(small, torch.float64), "reference")()
+    run, check = runner(variant, arguments, "triton"), runner(variant, small, "triton")
 
     def seconds(settings: Settings) -> float:
         try:
@@ -176,7 +176,7 @@ def tune_role(
     current = common.settings_for(name, arguments["x"], sizes.D)
     best, least = current, seconds(current)
     before = least
-    for settings in candidates(role):
+    for settings in candidates(variant):
         time = seconds(settings)
         if time < least:
             best, least = settings, time
@@ -210,7 +210,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         help="float16 takes the settings of bfloat16",
     )
     add(
-        "--roles", nargs="+", choices=tuple(ROLES), default=list(ROLES), help="kernels to tune (default: all)"
+        "--variants",
+        nargs="+",
+        choices=tuple(VARIANTS),
+        default=list(VARIANTS),
+        help="kernels to tune (default: all)",
     )
     add("--queries", type=int, default=8448, help="queries per chunk (default: 8448)")
     add(
@@ -240,16 +244,16 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     found = common.read_settings(path) if path.exists() else {}
     stopwatch = stopwatch_for(device)
     with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for dtype_name, preset, name in itertools.product(options.dtype, options.preset, options.roles):
+        for dtype_name, preset, name in itertools.product(options.dtype, options.preset, options.variants):
             config, dtype = ViTUpConfig.preset(preset), DTYPES[dtype_name]
             kind = "half" if dtype.itemsize == 2 else "float32"
-            width = config.head_dim if ROLES[name].operation == "rope_cross_attention" else config.dim
+            width = config.head_dim if VARIANTS[name].operation == "rope_cross_attention" else config.dim
             by_width = found.setdefault(version, {}).setdefault(kind, {}).setdefault(name, {})
             if str(width) in by_width and not options.again:
                 continue
-            queries = min(options.queries, FEW_QUERIES) if ROLES[name].few else options.queries
+            queries = min(options.queries, FEW_QUERIES) if VARIANTS[name].few else options.queries
             sizes = Sizes(1, queries, config.dim, config.num_heads, (28, 28), (224, 224), 4)
-            tasks = [(name, settings, sizes, dtype, device) for settings in candidates(ROLES[name])]
+            tasks = [(name, settings, sizes, dtype, device) for settings in candidates(VARIANTS[name])]
             title = f"{dtype_name} {name} {width}"
             with tqdm(total=len(tasks), desc=f"{title}: compile") as bar:
                 for future in as_completed([pool.submit(compile_candidate, *task) for task in tasks]):

@@ -24,7 +24,7 @@ from vitup_fast.kernels import cuda as compiled
 from vitup_fast.kernels.cuda import compiled_kernels, launch_compiled
 from vitup_fast.kernels.triton import common
 from vitup_fast.kernels.triton.bilinear_sample import backward, sample, sample_moments
-from vitup_fast.kernels.triton.film_mlp import FilmSource, modulate
+from vitup_fast.kernels.triton.film_mlp import Modulation, modulate
 from vitup_fast.kernels.triton.residual_mlp import fold_mlp, residual_mlp
 
 from vitup_fast import extension
@@ -74,9 +74,9 @@ def film(generator, dtype, D, table, B=2, N=37, h=5, w=7, device=CPU):
     x = torch.empty(B, N, D, dtype=dtype, device=device)
     if table:
         row, token = (torch.randint(n, (N,), generator=generator).to(device) for n in (11, h * w))
-        return x, tokens, FilmSource(normal(11, 2 * D).to(device, wide), None, row, token)
+        return x, tokens, Modulation(normal(11, 2 * D).to(device, wide), None, row, token)
     coords = random_coords(generator, B, N, device=device).to(wide)
-    return x, tokens, FilmSource(normal(B * N, 2 * D).to(device, wide), coords, None, None)
+    return x, tokens, Modulation(normal(B * N, 2 * D).to(device, wide), coords, None, None)
 
 
 def modulated_exactly(tokens, source, x):
@@ -192,7 +192,7 @@ def test_nearest_tokens_on_the_borders_between_them(generator):
     coords = torch.stack((x, y), -1).flatten(0, 1)[None]
     N = coords.shape[1]
     tokens = torch.randn(1, h, w, 8, generator=generator)
-    source = FilmSource(torch.randn(N, 16, generator=generator), coords, None, None)
+    source = Modulation(torch.randn(N, 16, generator=generator), coords, None, None)
     grad = torch.randn(N, 8, generator=generator)
     _, _, index = run_modulate_backward(torch.empty(1, N, 8), tokens, source, grad, torch.float32)
     assert torch.equal(index, nearest_token(coords, (h, w))[0][0])
@@ -322,7 +322,7 @@ def test_host_rounds_as_pytorch_does(dtype):
     values = float32_bits()
     D = len(values)
     tokens, zeros = torch.zeros(1, 1, 1, D, dtype=dtype), torch.zeros(1, D)
-    source = FilmSource(torch.cat((zeros, values[None]), -1), torch.full((1, 1, 2), 0.5), None, None)
+    source = Modulation(torch.cat((zeros, values[None]), -1), torch.full((1, 1, 2), 0.5), None, None)
     rounded, _ = modulate(torch.empty(1, 1, D, dtype=dtype), tokens, source)
     expected = values.to(dtype)
     same = (rounded[0].view(torch.int16) == expected.view(torch.int16)) | (

@@ -86,15 +86,17 @@ def test_few_rows_are_spread_over_the_gpu(generator, monkeypatch, name):
     arguments = OPERATIONS[name].inputs(
         Sizes(B=1, N=45, D=128, token_grid=(4, 8)), generator, dtype=torch.float64
     )
-    roles = []
+    variants = []
     launch = linear.launch
     monkeypatch.setattr(linear, "multiprocessors", lambda x: 6)
     monkeypatch.setattr(
-        linear, "launch", lambda *args, **options: roles.append(options["role"]) or launch(*args, **options)
+        linear,
+        "launch",
+        lambda *args, **options: variants.append(options["variant"]) or launch(*args, **options),
     )
     with common.overridden_settings({"linear": {**TILES, "BLOCK_N": 128, "TILES": 1}}):
         assert_equals_reference(OPERATIONS[name], arguments)
-    assert "linear_few_rows" in roles
+    assert "linear_few_rows" in variants
 
 
 @pytest.mark.parametrize("width", [32, 64, 128])
@@ -250,11 +252,11 @@ def fresh_settings(monkeypatch, tmp_path):
         cached.cache_clear()
 
 
-def settings_on(name, capability, role="linear", dtype=torch.bfloat16, width=384):
+def settings_on(name, capability, variant="linear", dtype=torch.bfloat16, width=384):
     common._tables.cache_clear()
     common._setting.cache_clear()
     with common.recorded_launches((name, capability)):
-        return common.settings_for(role, torch.empty(1, 1, dtype=dtype), width)
+        return common.settings_for(variant, torch.empty(1, 1, dtype=dtype), width)
 
 
 def test_settings_of_unknown_gpus(fresh_settings):
@@ -265,7 +267,7 @@ def test_settings_of_unknown_gpus(fresh_settings):
     assert settings_on("a GPU of tomorrow", 150) == settings_on("the newest known", 120)
     for path in common.CONFIGS.glob("sm_*.json"):
         for kinds in json.loads(path.read_text()).values():
-            assert {role for kind in kinds.values() for role in kind} == set(SMALL_BLOCKS)
+            assert {variant for kind in kinds.values() for variant in kind} == set(SMALL_BLOCKS)
 
 
 def linear_settings(block_m=64, **others):
@@ -296,7 +298,9 @@ def test_settings_by_version_width_and_user(fresh_settings, monkeypatch):
     assert settings_on("Some GPU", 90)["BLOCK_M"] == 16
     assert settings_on("Some GPU", 90, width=768)["BLOCK_M"] == 32
     # what the user did not tune is shipped
-    assert settings_on("Some GPU", 90, role="attention") == settings_on("another GPU", 90, role="attention")
+    assert settings_on("Some GPU", 90, variant="attention") == settings_on(
+        "another GPU", 90, variant="attention"
+    )
     assert settings_on("Some GPU", 90, dtype=torch.float32) == settings_on(
         "another GPU", 90, dtype=torch.float32
     )

@@ -21,8 +21,8 @@ BLOCKS = {"BLOCK_M": (32, 64), "BLOCK_N": (32,), "BLOCK_K": (32,), "TILES": (1,)
 
 @pytest.fixture
 def two_candidates(monkeypatch, tmp_path):
-    """A role with two candidates, of which the stopwatch finds 64 rows three times as fast as anything else."""
-    monkeypatch.setitem(tune.ROLES, "linear", tune.Role("residual_mlp", False, BLOCKS))
+    """A variant with two candidates, of which the stopwatch finds 64 rows three times as fast as anything else."""
+    monkeypatch.setitem(tune.VARIANTS, "linear", tune.Variant("residual_mlp", False, BLOCKS))
     monkeypatch.setenv("VITUP_FAST_CACHE", str(tmp_path))
     for cached in (common._tables, common._setting):
         cached.cache_clear()
@@ -31,12 +31,12 @@ def two_candidates(monkeypatch, tmp_path):
         cached.cache_clear()
 
 
-@pytest.mark.parametrize("name", tune.ROLES)
+@pytest.mark.parametrize("name", tune.VARIANTS)
 def test_candidates_run(name):
-    role = tune.ROLES[name]
-    every = list(tune.candidates(role))
+    variant = tune.VARIANTS[name]
+    every = list(tune.candidates(variant))
     assert len(every) > 10
-    assert {*role.candidates} == {*every[0]}
+    assert {*variant.candidates} == {*every[0]}
     used = common.settings_for(name, torch.empty(0), 384)
     assert {*used} <= {*every[0]}  # what a kernel is launched with is what is searched
 
@@ -54,10 +54,10 @@ def test_wrong_and_failing_candidates_are_passed_over(two_candidates, monkeypatc
     launch = linear.launch
 
     def spoiled(kernel, grid, *arguments, **options):
-        if options["role"] == "linear" and options["BLOCK_M"] == 64:
+        if options["variant"] == "linear" and options["BLOCK_M"] == 64:
             raise KernelError("does not fit")
         launch(kernel, grid, *arguments, **options)
-        if options["role"] == "linear" and options["BLOCK_M"] == 32:
+        if options["variant"] == "linear" and options["BLOCK_M"] == 32:
             arguments[8].mul_(1.01)
 
     monkeypatch.setattr(linear, "launch", spoiled)
@@ -70,7 +70,7 @@ def test_wrong_and_failing_candidates_are_passed_over(two_candidates, monkeypatc
 def test_settings_are_written_found_and_resumed(two_candidates, monkeypatch, capsys):
     monkeypatch.setattr(tune, "stopwatch_for", lambda device: two_candidates)
     monkeypatch.setattr(tune.ViTUpConfig, "preset", lambda name: tune.ViTUpConfig(64, 2, (0, 1)))
-    command = ["--device", "cpu", "--preset", "dinov3_splus", "--dtype", "float32", "--roles", "linear"]
+    command = ["--device", "cpu", "--preset", "dinov3_splus", "--dtype", "float32", "--variants", "linear"]
     assert tune.main([*command, "--queries", "40"]) == 0
     path = common.user_settings_path("interpreter")
     (kinds,) = json.loads(path.read_text()).values()

@@ -5,7 +5,7 @@
 #include <mutex>
 #include <stdexcept>
 
-#include "dispatch.h"
+#include "instruction_sets.h"
 #include "parallel.h"
 
 namespace py = pybind11;

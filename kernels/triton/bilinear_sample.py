@@ -177,7 +177,7 @@ def sample(
         Q,
         D=D,
         MOMENTS=moments is not None,
-        role="rows",
+        variant="rows",
         **blocks,
     )
     return out
@@ -209,7 +209,7 @@ def backward(grad: Tensor, grid: Tensor, coords: Tensor, needs_grad: list[bool])
         Q,
         D=D,
         COORDS=needs_grad[1],
-        role="rows",
+        variant="rows",
         **blocks,
     )
     grads = []
@@ -230,7 +230,7 @@ def backward(grad: Tensor, grid: Tensor, coords: Tensor, needs_grad: list[bool])
             BLOCK_M=8,
             BLOCK_D=128,
             ACC=accumulator(grid.dtype),
-            role="rows",
+            variant="rows",
             num_warps=2,
         )
         grads.append(grad_grid)

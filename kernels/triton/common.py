@@ -279,7 +279,7 @@ class Launch(NamedTuple):
     kernel: Any
     arguments: tuple[Any, ...]
     options: dict[str, Any]
-    role: str
+    variant: str
 
 
 _recorder: list[Launch] | None = None
@@ -306,7 +306,7 @@ def recorded_launches(target: tuple[str, int]) -> Iterator[list[Launch]]:
 
 @contextlib.contextmanager
 def overridden_settings(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Use other launch settings per role: ``{"linear": {"BLOCK_M": 64, ...}}``; for tuning and tests."""
+    """Use other launch settings per variant: ``{"linear": {"BLOCK_M": 64, ...}}``; for tuning and tests."""
     global _overrides
     previous, _overrides = _overrides, {**_overrides, **settings}
     try:
@@ -342,7 +342,7 @@ def _version(text: str) -> tuple[int, int]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read launch settings: Triton version, kind of dtype, role and width (or ``"default"``) lead to numbers.
+    """Read launch settings: Triton version, kind of dtype, variant and width (or ``"default"``) lead to numbers.
 
     Raises:
         InputError: the file cannot be read, or holds something else; names the place in it.
@@ -351,7 +351,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         if not path.is_file():  # opening a pipe would wait for its other end
             raise IsADirectoryError("not a file")
         settings = json.loads(path.read_bytes())
-        _check_settings(settings, ("Triton version", "kind", "role", "width"))
+        _check_settings(settings, ("Triton version", "kind", "variant", "width"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise expected(
@@ -444,11 +444,11 @@ def multiprocessors(x: Tensor) -> int:
 
 
 @cache
-def _setting(role: str, kind: str, width: int, device_name: str, capability: int) -> dict[str, Any]:
+def _setting(variant: str, kind: str, width: int, device_name: str, capability: int) -> dict[str, Any]:
     tables = _tables(device_name, capability)
-    needed = tables[-1][1][kind][role]["default"].keys()
+    needed = tables[-1][1][kind][variant]["default"].keys()
     for path, table in tables:
-        by_width = table.get(kind, {}).get(role, {})
+        by_width = table.get(kind, {}).get(variant, {})
         settings = by_width.get(str(width), by_width.get("default"))
         if settings is None:
             continue
@@ -457,23 +457,23 @@ def _setting(role: str, kind: str, width: int, device_name: str, capability: int
             fault = [f"none of {missing}"] * bool(missing) + [f"unknown {unknown}"] * bool(unknown)
             raise expected(
                 brief(path, 200),
-                f"{sorted(needed)} for {role} in {kind}",
+                f"{sorted(needed)} for {variant} in {kind}",
                 " and ".join(fault),
                 "Run `vitup-fast tune`.",
             )
         return dict(settings)
-    raise LookupError(f"no launch settings for {role} in {kind}")
+    raise LookupError(f"no launch settings for {variant} in {kind}")
 
 
-def settings_for(role: str, x: Tensor, width: int) -> dict[str, Any]:
-    """Launch settings of a kernel's role for the dtype and GPU of ``x`` and a width."""
-    if role in _overrides:
-        return dict(_overrides[role])
+def settings_for(variant: str, x: Tensor, width: int) -> dict[str, Any]:
+    """Launch settings of a kernel's variant for the dtype and GPU of ``x`` and a width."""
+    if variant in _overrides:
+        return dict(_overrides[variant])
     kind = "half" if x.dtype.itemsize == 2 else "float32"
-    return _setting(role, kind, width, *target_of(x))
+    return _setting(variant, kind, width, *target_of(x))
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, role: str, **options: object) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, variant: str, **options: object) -> None:
     """Launch a kernel, or the compiled one in its place, on the device of its first tensor.
 
     Raises:
@@ -485,7 +485,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, role: str, **
             "x", f"at most {MAX_GRID} images or parts of them at once", max(grid[1:]), "Split the batch."
         )
     if _recorder is not None:
-        _recorder.append(Launch(kernel, arguments, options, role))
+        _recorder.append(Launch(kernel, arguments, options, variant))
         return
     if 0 in grid:
         return
@@ -502,7 +502,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, role: str, **
         name, capability = target_of(first)
         settings = {k: v for k, v in options.items() if isinstance(v, int | str) and not isinstance(v, bool)}
         raise KernelError(
-            f"{kernel.fn.__name__} ({role}) failed on {name} (sm_{capability}) with Triton {triton.__version__}"
+            f"{kernel.fn.__name__} ({variant}) failed on {name} (sm_{capability}) with Triton {triton.__version__}"
             f" and settings {settings}: {error}. Other settings may work: `vitup-fast tune`; or use impl='torch'."
         ) from error
 
@@ -555,7 +555,7 @@ def measure_moments(x: Tensor) -> Tensor:
     moments = torch.empty(M, 1, 2, dtype=wide(x.dtype), device=x.device)
     blocks = row_blocks(x, D)
     grid = (triton.cdiv(M, blocks["BLOCK_M"]),)
-    launch(normalize_kernel, grid, x, x, moments, M, D=D, STORE_NORMED=False, role="rows", **blocks)
+    launch(normalize_kernel, grid, x, x, moments, M, D=D, STORE_NORMED=False, variant="rows", **blocks)
     return moments
 
 
@@ -565,7 +565,7 @@ def normalize(x: Tensor) -> Tensor:
     normed = x.new_empty(x.shape)
     blocks = row_blocks(x, D)
     grid = (triton.cdiv(M, blocks["BLOCK_M"]),)
-    launch(normalize_kernel, grid, x, normed, normed, M, D=D, STORE_NORMED=True, role="rows", **blocks)
+    launch(normalize_kernel, grid, x, normed, normed, M, D=D, STORE_NORMED=True, variant="rows", **blocks)
     return normed
 
 
@@ -596,7 +596,7 @@ def layer_norm_backward(
         D=D,
         AFFINE=weight is not None,
         RESIDUAL=residual is not None,
-        role="rows",
+        variant="rows",
         **blocks,
     )
     if partial is None:
@@ -637,7 +637,7 @@ def segment_sum(values: Tensor, index: Tensor, count: int, dtype: torch.dtype) -
         BLOCK_M=32,
         BLOCK_D=128,
         ACC=accumulator(values.dtype),
-        role="rows",
+        variant="rows",
         num_warps=4,
     )
     return out

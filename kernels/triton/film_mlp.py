@@ -230,13 +230,13 @@ def position_code(
         *token_grid,
         BANDS=freqs.shape[0],
         WIDTH=width,
-        role="rows",
+        variant="rows",
         **blocks,
     )
     return code
 
 
-class FilmSource(NamedTuple):
+class Modulation(NamedTuple):
     """Where each query's token, gamma and beta come from: coordinates, or a table and indices into it."""
 
     gamma_beta: Tensor  # [R, 2 D], or [B * N, 2 D] without a table
@@ -283,7 +283,7 @@ def position_gamma_beta(
 def modulate(
     x: Tensor,  # [B, N, D]
     tokens: Tensor,  # [B, h, w, D]
-    source: FilmSource,
+    modulation: Modulation,
     out: Tensor | None = None,
     moments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -297,16 +297,16 @@ def modulate(
         modulate_kernel,
         (triton.cdiv(B * N, blocks["BLOCK_M"]),),
         tokens,
-        source.gamma_beta,
-        *source.pointers(),
+        modulation.gamma_beta,
+        *modulation.pointers(),
         modulated,
         moments,
         B * N,
         N,
         *tokens.shape[1:3],
         D=D,
-        TABLE=source.row is not None,
-        role="rows",
+        TABLE=modulation.row is not None,
+        variant="rows",
         **blocks,
     )
     return modulated, moments
@@ -315,14 +315,14 @@ def modulate(
 def film_mlp(
     x: Tensor,  # [B, N, D]
     tokens: Tensor,  # [B, h, w, D]
-    source: FilmSource,
+    modulation: Modulation,
     layers: FoldedMLP,
     out_norm: tuple[Tensor, Tensor],
     buffers: FilmBuffers = FilmBuffers(),  # noqa: B008
     want_moments: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """``x + LNl(W2 gelu(W1 LN1(m) + b1) + b2)`` of the modulated tokens m, ``[M, D]``, and the moments of its rows."""
-    modulated, moments = modulate(x, tokens, source, buffers.modulated, buffers.modulated_moments)
+    modulated, moments = modulate(x, tokens, modulation, buffers.modulated, buffers.modulated_moments)
     hidden, _ = linear(modulated, layers.first, moments, gelu=True, out=buffers.hidden)  # [M, E]
     return linear(
         hidden,
@@ -336,7 +336,7 @@ def film_mlp(
     )
 
 
-def film_source(
+def film_modulation(
     coords: Tensor | None,
     tokens: Tensor,
     position: tuple[Tensor | None, ...],
@@ -344,16 +344,16 @@ def film_source(
     freqs: Tensor | None,
     row: Tensor | None,
     token: Tensor | None,
-) -> tuple[FilmSource, Tensor | None]:
+) -> tuple[Modulation, Tensor | None]:
     """Gamma and beta from the table or the position MLP, with the position code in the latter case."""
     if table is not None:
         gamma_beta = table.to(wide(tokens.dtype)).contiguous()
-        return FilmSource(gamma_beta, None, row.contiguous(), token.contiguous()), None
+        return Modulation(gamma_beta, None, row.contiguous(), token.contiguous()), None
     coords = positions(coords, tokens)
     code, gamma_beta = position_gamma_beta(
         coords, freqs.contiguous(), tokens.shape[1:3], fold_position(*position)
     )
-    return FilmSource(gamma_beta, coords, None, None), code
+    return Modulation(gamma_beta, coords, None, None), code
 
 
 def forward(
@@ -369,8 +369,8 @@ def forward(
     table, _, row, token = weights_and_table[12:]
     if table is not None:
         check_indices(table, tokens, row, token)
-    source, _ = film_source(coords, tokens, position, *weights_and_table[12:])
-    return film_mlp(x, tokens, source, fold_mlp(*mlp), out_norm)[0].view_as(x)
+    modulation, _ = film_modulation(coords, tokens, position, *weights_and_table[12:])
+    return film_mlp(x, tokens, modulation, fold_mlp(*mlp), out_norm)[0].view_as(x)
 
 
 def backward(
@@ -388,8 +388,8 @@ def backward(
     x, tokens = x.contiguous(), tokens.contiguous()
     (B, N, D), (h, w) = x.shape, tokens.shape[1:3]
     grad_rows = grad.view(-1, D)
-    source, code = film_source(coords, tokens, position, table, freqs, row, token)
-    modulated, moments = modulate(x, tokens, source)
+    modulation, code = film_modulation(coords, tokens, position, table, freqs, row, token)
+    modulated, moments = modulate(x, tokens, modulation)
     layers = fold_mlp(*mlp)
     hidden, _ = linear(modulated, layers.first, moments, gelu=True)
     local, _ = linear(hidden, layers.second)  # [M, D]
@@ -412,8 +412,8 @@ def backward(
             (triton.cdiv(B * N, blocks["BLOCK_M"]),),
             grad_modulated,
             tokens,
-            source.gamma_beta,
-            *source.pointers(),
+            modulation.gamma_beta,
+            *modulation.pointers(),
             grad_token,
             grad_gamma_beta,
             index,
@@ -423,7 +423,7 @@ def backward(
             w,
             D=D,
             TABLE=table is not None,
-            role="rows",
+            variant="rows",
             **blocks,
         )
         if needs_tokens:
@@ -435,7 +435,7 @@ def backward(
             )
         elif table is None and (needs_coords or any(needs[:4])):
             grad_coords, grads_position = _position_backward(
-                grad_gamma_beta, code, source.coords, freqs, (h, w), position, needs_coords
+                grad_gamma_beta, code, modulation.coords, freqs, (h, w), position, needs_coords
             )
     dtype = x.dtype
     grads = (
@@ -481,7 +481,7 @@ def _position_backward(
             *token_grid,
             BANDS=freqs.shape[0],
             WIDTH=width,
-            role="rows",
+            variant="rows",
             **blocks,
         )
     grad_weight1 = grads.weight1[:, : position[0].shape[1]].contiguous()

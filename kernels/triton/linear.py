@@ -369,21 +369,21 @@ def in_buffer(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, x:
 
 
 def _linear_blocks(x: Tensor, N: int, whole_rows: bool) -> tuple[str, dict[str, Any], int]:
-    """Role and launch settings of a product with N columns, and how many blocks cover these."""
+    """Variant and launch settings of a product with N columns, and how many blocks cover these."""
     M, K = x.shape
-    role, width = ("linear_rows", N) if whole_rows else ("linear", K)
+    variant, width = ("linear_rows", N) if whole_rows else ("linear", K)
     while True:
-        blocks = settings_for(role, x, width)
+        blocks = settings_for(variant, x, width)
         block_n, tiles = blocks["BLOCK_N"], blocks.get("TILES", 1)
         if whole_rows and N % 64 == 0:
             block_n = dividing_block(N, block_n)
             tiles = max(t for t in range(1, tiles + 1) if N % (t * block_n) == 0)
         columns = triton.cdiv(N, block_n * tiles)
         # Large blocks of few rows would leave most of the GPU idle.
-        if role == "linear_few_rows" or triton.cdiv(M, blocks["BLOCK_M"]) * columns >= multiprocessors(x):
+        if variant == "linear_few_rows" or triton.cdiv(M, blocks["BLOCK_M"]) * columns >= multiprocessors(x):
             block_k = dividing_block(K, blocks["BLOCK_K"])
-            return role, {**blocks, "BLOCK_N": block_n, "TILES": tiles, "BLOCK_K": block_k}, columns
-        role = "linear_few_rows"
+            return variant, {**blocks, "BLOCK_N": block_n, "TILES": tiles, "BLOCK_K": block_k}, columns
+        variant = "linear_few_rows"
 
 
 def linear(
@@ -420,7 +420,7 @@ def linear(
     """
     (M, K), N = x.shape, layer.weight.shape[0]
     whole_rows = out_norm is not None or residual is not None or want_moments
-    role, blocks, columns = _linear_blocks(x, N, whole_rows)
+    variant, blocks, columns = _linear_blocks(x, N, whole_rows)
     complete = columns == 1
     out_dtype = x.dtype if out_dtype is None else out_dtype
     norm_apart = out_norm is not None and not complete
@@ -457,7 +457,7 @@ def linear(
         OUT_MOMENTS=want_moments and not norm_apart,
         ACC=accumulator(x.dtype),
         PRECISION=dot_precision(x.dtype),
-        role=role,
+        variant=variant,
         **blocks,
     )
     if not norm_apart:
@@ -476,7 +476,7 @@ def linear(
         M,
         D=N,
         STORE_MOMENTS=want_moments,
-        role="rows",
+        variant="rows",
         **rows,
     )
     return result, new_moments
@@ -508,7 +508,7 @@ def linear_argmax(
         CENTER=centers(x.dtype),
         ACC=accumulator(x.dtype),
         PRECISION=dot_precision(x.dtype),
-        role="linear_argmax",
+        variant="linear_argmax",
         **blocks,
     )
     return out
@@ -537,7 +537,7 @@ def weight_gradient(left: Tensor, right: Tensor) -> Tensor:
         Q=Q,
         ACC=accumulator(left.dtype),
         PRECISION=dot_precision(left.dtype),
-        role="weight_gradient",
+        variant="weight_gradient",
         **blocks,
     )
     return partial.sum(0)
@@ -591,7 +591,7 @@ def mlp_backward(
         GELU=gelu_kind(x.dtype),
         ACC=accumulator(x.dtype),
         PRECISION=dot_precision(x.dtype),
-        role="hidden_backward",
+        variant="hidden_backward",
         **blocks,
     )
     grad_weight2 = weight_gradient(grad, hidden)

@@ -395,10 +395,10 @@ def _tail(tokens: int, block: int) -> int:
     return max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-def _blocks(role: str, x: Tensor, head_dim: int) -> dict[str, Any]:
+def _blocks(variant: str, x: Tensor, head_dim: int) -> dict[str, Any]:
     """Launch settings and compute types of an attention kernel."""
-    blocks = settings_for(role, x, head_dim)
-    return blocks | {"ACC": accumulator(x.dtype), "PRECISION": dot_precision(x.dtype), "role": role}
+    blocks = settings_for(variant, x, head_dim)
+    return blocks | {"ACC": accumulator(x.dtype), "PRECISION": dot_precision(x.dtype), "variant": variant}
 
 
 def attend(

@@ -148,7 +148,7 @@ def walk_blocks(
     Returns:
         Moments of the last state.
     """
-    from ..kernels.triton.film_mlp import FilmBuffers, FilmSource, film_mlp, position_gamma_beta
+    from ..kernels.triton.film_mlp import FilmBuffers, Modulation, film_mlp, position_gamma_beta
     from ..kernels.triton.linear import linear
     from ..kernels.triton.residual_mlp import residual_mlp
     from ..kernels.triton.rope_cross_attention import attend
@@ -181,9 +181,9 @@ def walk_blocks(
             code, position_hidden, gamma_beta = workspace.position_buffers(rows, width)
             buffers = FilmBuffers(code=code, position_hidden=position_hidden, gamma_beta=gamma_beta)
             _, gamma_beta = position_gamma_beta(coords, constants.freqs, token_grid, block.position, buffers)
-            source = FilmSource(gamma_beta, coords, None, None)
+            modulation = Modulation(gamma_beta, coords, None, None)
         else:
-            source = FilmSource(table.gamma_beta[i], None, table.row, table.token)
+            modulation = Modulation(table.gamma_beta[i], None, table.row, table.token)
         buffers = FilmBuffers(
             modulated=spare,
             modulated_moments=spare_moments,
@@ -195,7 +195,7 @@ def walk_blocks(
         _, moments = film_mlp(
             state.view(per_image),
             image.tokens[i],
-            source,
+            modulation,
             block.film,
             block.film_norm,
             buffers,

@@ -1,4 +1,4 @@
-#include "dispatch.h"
+#include "instruction_sets.h"
 
 #include <stdexcept>
 
