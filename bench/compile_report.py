@@ -113,7 +113,7 @@ def network_launches(dim: int, dtype: torch.dtype, target: int) -> list[common.L
         attention.attend(x, moments, query, coords, key, key, inv_freq, (h, w))
         linear.linear(rows, linear.fold(*square), residual=rows, want_moments=True)
         for where, table_or_freqs in ((None, gridded), (coords, scattered)):
-            source, _ = film_mlp.film_source(where, tokens, position, *table_or_freqs)
+            source, _ = film_mlp.film_modulation(where, tokens, position, *table_or_freqs)
             film_mlp.film_mlp(
                 x, tokens, source, residual_mlp.fold_mlp(*mlp_weights(4)), norm, want_moments=True
             )

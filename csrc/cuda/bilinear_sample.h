@@ -61,7 +61,7 @@ struct CornerVectors {
 };
 
 template <bool ALIGNED, class T, class W, int VEC>
-VITUP_INLINE void load_corners(const Corners<T>& corners, std::int64_t column, CornerVectors<W, VEC>& to) {
+VITUP_INLINE void fetch(const Corners<T>& corners, std::int64_t column, CornerVectors<W, VEC>& to) {
   load<VEC, ALIGNED>(corners.top_left + column, to.top_left);
   load<VEC, ALIGNED>(corners.top_right + column, to.top_right);
   load<VEC, ALIGNED>(corners.bottom_left + column, to.bottom_left);
@@ -78,7 +78,7 @@ VITUP_INLINE void compute_row(const BilinearSample& a, std::int64_t row) {
   using Inputs = CornerVectors<W, VEC>;
   write_row<T, VEC, Shape, Inputs>(
     static_cast<T*>(a.out) + row * a.dim, moments, a.dim,
-    [&](std::int64_t column, Inputs& inputs) { load_corners<Shape::ALIGNED>(corners, column, inputs); },
+    [&](std::int64_t column, Inputs& inputs) { fetch<Shape::ALIGNED>(corners, column, inputs); },
     [&](const Inputs& in, W(&mixed)[VEC]) {
       VITUP_UNROLL
       for (int j = 0; j < VEC; ++j) {
@@ -112,7 +112,7 @@ VITUP_INLINE void compute_row(const BilinearSampleCoordsBackward& a, std::int64_
           const std::int64_t chunk = first + round * Shape::LANES + lane;
           const std::int64_t column = (chunk < chunks ? chunk : chunks - 1) * VEC;
           load<VEC, Shape::ALIGNED>(grad + column, g[round]);
-          load_corners<Shape::ALIGNED>(corners, column, inputs[round]);
+          fetch<Shape::ALIGNED>(corners, column, inputs[round]);
         }
         VITUP_UNROLL
         for (int round = 0; round < Shape::ROUNDS; ++round) {
