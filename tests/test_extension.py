@@ -170,7 +170,8 @@ def test_wheel_holds_the_module_and_no_sources(wheel):
     assert [
         n
         for n in names
-        if n.split("/")[0] not in ("vitup_fast", f"vitup_fast-{vitup_fast.__version__}.dist-info")
+        if n.split("/")[0]
+        not in ("vitup_fast", "vitup_fast_start.py", f"vitup_fast-{vitup_fast.__version__}.dist-info")
     ] == []
     assert [n for n in names if n.endswith((".cpp", ".cu", ".cuh", ".h", ".o", ".part"))] == []
     assert [n for n in names if "_C." in n] == [f"vitup_fast/{MODULE}"]
