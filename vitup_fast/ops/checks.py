@@ -18,7 +18,7 @@ from ..errors import expected
 FEATURE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COORDINATE_DTYPES = (torch.float32, torch.float64)
 # What PyTorch runs around a module's forward when the module is called, and only then.
-_HOOKS = {
+HOOKS = {
     "_forward_pre_hooks": "a hook before it",
     "_forward_hooks": "a hook after it",
     "_backward_pre_hooks": "a hook before its backward pass",
@@ -48,6 +48,15 @@ def check_budget(query_chunk_size: object, max_memory: object) -> tuple[int | No
     )
 
 
+def module_hooks(module: nn.Module) -> list[str]:
+    """Name the hooks of a module, which run only when it is called."""
+    return [
+        f"{text}: {getattr(hook, '__name__', type(hook).__name__)}"
+        for attribute, text in HOOKS.items()
+        for hook in getattr(module, attribute).values()
+    ]
+
+
 def check_layer(name: str, layer: nn.Module, kind: type[nn.Module]) -> None:
     """Check a layer that is read and never called: its weight and bias must say all that it computes.
 
@@ -58,11 +67,7 @@ def check_layer(name: str, layer: nn.Module, kind: type[nn.Module]) -> None:
         method not in vars(layer) and getattr(type(layer), method, None) is getattr(kind, method, None)
         for method in ("__call__", "forward", "_conv_forward")
     )
-    hooks = [
-        f"{text}: {getattr(hook, '__name__', type(hook).__name__)}"
-        for attribute, text in _HOOKS.items()
-        for hook in getattr(layer, attribute).values()
-    ]
+    hooks = module_hooks(layer)
     if hooks or not inherited:
         raise expected(
             name,
