@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vitup_fast
-from vitup_fast import InputError, Upsampler, ViTUp, ViTUpConfig, accelerate
+from vitup_fast import InputError, Upsampler, ViTUp, ViTUpConfig
 from vitup_fast.images import MEAN, STD, normalise
 from vitup_fast.network.backbone import Backbone
 from vitup_fast.network.checkpoint import load_backbone, merge_lora, split_published
@@ -283,106 +281,3 @@ def test_parts_must_fit():
     _, vit = seeded_network(dataclasses.replace(TINY, layer_indices=(0, 1, 4)))
     with pytest.raises(InputError, match="backbone: expected width 64 and depths"):
         Upsampler(network, vit)
-
-
-class ForeignViTUp(nn.Module):
-    """Another implementation: the published parameters and call, computing this library's definition."""
-
-    def __init__(self, network: ViTUp) -> None:
-        super().__init__()
-        self.layer_indices = list(network.config.layer_indices)
-        self.vit_up_blocks, self.decoder_mlp = network.vit_up_blocks, network.decoder_mlp
-        self.rel_pos_enc = nn.Module()
-        self.rel_pos_enc.register_buffer("freqs", network.rel_pos_enc.freqs.clone())
-        for block in self.vit_up_blocks:
-            block.cross_attention.num_heads = network.config.num_heads
-        self._definition = [network]  # hidden from state_dict
-
-    def maybe_compute_cache_data(
-        self, pixel_values=None, backbone=None, hidden_layer_img_size=None, cache_data=None
-    ):
-        return backbone(pixel_values)
-
-    def forward(
-        self, pixel_values, q_xy_normalized, backbone=None, hidden_layer_img_size=None, cache_data=None
-    ):
-        hidden = cache_data["layer_hidden_states_hwc"]
-        grid = cache_data["query_embedding_cache_data"]["last_hidden_state_hwc"]
-        cache = self._definition[0].prepare(hidden, grid, impl="reference")
-        return self._definition[0](cache, q_xy_normalized, return_all_layers=True, impl="reference")
-
-
-def foreign() -> tuple[ForeignViTUp, dict]:
-    generator = torch.Generator().manual_seed(6)
-    hidden = [torch.randn(2, 3, 4, TINY.dim, generator=generator) for _ in range(TINY.num_layers)]
-    grid = torch.randn(2, 24, 32, TINY.dim, generator=generator)
-    data = {"layer_hidden_states_hwc": hidden, "query_embedding_cache_data": {"last_hidden_state_hwc": grid}}
-    return ForeignViTUp(seeded_network(TINY)[0]), data
-
-
-def test_accelerate_keeps_call_outputs_and_parameters():
-    theirs, data = foreign()
-    query = coords(2, 11)
-    with torch.no_grad():
-        before = theirs(None, query, cache_data=data)
-    state = {k: v.clone() for k, v in theirs.state_dict().items()}
-    holder = SimpleNamespace(vit_up=theirs)
-    assert accelerate(holder) is holder
-    with torch.no_grad():
-        after = theirs(None, query, cache_data=data)
-        via_backbone = theirs(None, query, backbone=lambda _: data)
-    for a, b, c in zip(before, after, via_backbone, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
-        assert torch.equal(b, c)
-    assert isinstance(theirs, ForeignViTUp)
-    assert state.keys() == theirs.state_dict().keys()
-
-
-def test_accelerated_parameters_are_shared():
-    theirs, data = foreign()
-    accelerate(theirs)
-    query = coords(2, 5)
-    layers = theirs(None, query, cache_data=data)
-    sum(layer.square().sum() for layer in layers).backward()
-    assert all(p.grad.abs().sum() > 0 for n, p in theirs.named_parameters() if "k_proj.bias" not in n)
-    first = layers[-1].detach()
-    with torch.no_grad():
-        cached = theirs(None, query, cache_data=data)[-1]
-        torch.testing.assert_close(cached, first)
-        for parameter in theirs.parameters():
-            parameter.mul_(1.1)
-        assert not torch.allclose(theirs(None, query, cache_data=data)[-1], cached)
-        changed = theirs(None, query, cache_data=data)[-1]
-        twin = copy.deepcopy(theirs)
-        torch.testing.assert_close(twin(None, query, cache_data=data)[-1], changed)
-        twin.decoder_mlp[-1].mlp[1].bias.add_(1)
-        torch.testing.assert_close(theirs(None, query, cache_data=data)[-1], changed)
-        data["layer_hidden_states_hwc"][1].neg_()  # new image in the same buffer
-        assert not torch.allclose(theirs(None, query, cache_data=data)[-1], changed)
-
-
-def test_accelerate_in_bfloat16_restores_lowered_constants():
-    theirs, data = foreign()
-    exact = theirs(None, coords(2, 9), cache_data=data)[-1].detach()
-    theirs.to(torch.bfloat16)
-    assert theirs.rel_pos_enc.freqs.dtype == torch.bfloat16
-    accelerate(theirs)
-    with torch.no_grad():
-        features = theirs(None, coords(2, 9), cache_data=data)[-1]
-        assert features.dtype == torch.bfloat16
-        assert relative(features, exact.double()) < 0.05
-        with pytest.warns(UserWarning, match="moves queries"):
-            theirs(None, coords(2, 9).bfloat16(), cache_data=data)
-
-
-@pytest.mark.parametrize("wrong", [nn.Linear(2, 2), ViTUp(TINY), SimpleNamespace(vit_up=3)])
-def test_accelerate_refuses_other_things(wrong):
-    with pytest.raises(InputError, match="model: expected"):
-        accelerate(wrong)
-
-
-def test_accelerate_names_differing_parameters():
-    theirs, _ = foreign()
-    theirs.extra = nn.Linear(2, 2)
-    with pytest.raises(InputError, match=r"extra\.bias"):
-        accelerate(theirs)
