@@ -159,6 +159,16 @@ def test_traced_networks_are_right(changing, how, warm):
     assert_right(traced(other), changing, image, other)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_networks_take_any_number_of_queries(network, strict):
+    image, seen = make_image(3), random_coords(torch.Generator().manual_seed(4), 1, COUNT)
+    module = Queried(network, network.prepare(*image))
+    shapes = ({1: torch.export.Dim("count", min=2, max=100_000)},)
+    exported = torch.export.export(module, (seen,), dynamic_shapes=shapes, strict=strict).module()
+    other = random_coords(torch.Generator().manual_seed(5), 1, 3 * COUNT)
+    assert_right(exported(other), network, image, other)
+
+
 def test_dense_compiles_as_one_graph(network):
     image, size = make_image(3), (5, 7)
     cache = network.prepare(*image)

@@ -305,9 +305,10 @@ class ViTUp(nn.Module):
             folded = fold_head(options.head, weights.decoders[-1].weight, weights.decoders[-1].bias)
         depths = tuple(range(L)) if options.return_all_layers else (L - 1,)
         decoding = Decoding(depths, folded, options.labels)
-        groups = list(cut(B, max(1, spans.chunk // max(1, count))))  # images whose queries share a chunk
-        look = affordable_look(weights.parameters, B * count)
-        walk = self._walk(choose_walk(settings), settings, weights, look)
+        groups = [slice(0, B)]
+        if not torch.compiler.is_compiling():
+            groups = list(cut(B, max(1, spans.chunk // max(1, count))))  # images whose queries share a chunk
+        walk = self._walk(choose_walk(settings), settings, weights, B * count)
         outputs: Sequence[Tensor] = ()
         if settings.in_place:
             with plain_modes(self.device):
@@ -336,16 +337,22 @@ class ViTUp(nn.Module):
         kind: type[Walk],
         settings: Settings,
         weights: NetworkWeights,
-        look: Look = Look.NONE,
+        queries: int | None = None,
     ) -> Walk:
-        """A walk by these weights: the remembered one if they are what it was made of."""
+        """A walk by these weights: the remembered one if they are what it was made of.
+
+        They are looked at as closely as so many queries can afford, or not at all.
+        """
         if not kind.remembered:
             return kind(weights, settings)
         key = (kind, *settings, self.device)
         # What is folded inside a caller's graph exists only when that graph is replayed.
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         known = self._walks.get(key)
-        if known is not None and known.source.holds(weights.tensors, Look.NONE if capturing else look):
+        look = Look.NONE
+        if queries is not None and not capturing:
+            look = affordable_look(weights.parameters, queries)
+        if known is not None and known.source.holds(weights.tensors, look):
             return known.walk
         walk = kind(weights, settings)
         if not capturing:

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
+from functools import partial
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
@@ -248,10 +249,10 @@ def affordable_look(tensors: Sequence[Tensor], queries: int) -> Look:
 
 
 class Snapshot:
-    """Which tensors something was made from, and what they held: it holds no tensor.
+    """Which tensors something was made from, and what they held then.
 
-    Tensors are known by themselves (weakly), their memory, layout and version. Writes that PyTorch does not count
-    (through ``.data``, NumPy, or to inference tensors) show in checksums over their bytes.
+    Tensors are known by themselves, their memory, layout and version; none but parameters is kept alive. Writes that
+    PyTorch does not count (through ``.data``, NumPy, or to inference tensors) show in checksums over their bytes.
 
     Args:
         tensors: what it was made from.
@@ -259,10 +260,15 @@ class Snapshot:
     """
 
     def __init__(self, tensors: Sequence[Tensor], *, checksums: bool = False) -> None:
-        self._references = [weakref.ref(t) for t in tensors]
+        # Parameters are held: torch.utils.swap_tensors refuses those with weak references.
+        self._references = [
+            partial(_itself, t) if isinstance(t, nn.Parameter) else weakref.ref(t) for t in tensors
+        ]
         self._facts = [_facts(t) for t in tensors]
         self._uncounted = any(t.is_inference() for t in tensors)
-        self._memory = Memory.of(tensors) if all(t.is_contiguous() for t in tensors) else None
+        self._compiled = extension.obstacle("cpu") is None and all(t.device.type == "cpu" for t in tensors)
+        contiguous = all(t.is_contiguous() for t in tensors)
+        self._memory = Memory.of(tensors) if self._compiled and contiguous else None
         looks = [Look.EVERY_VALUE] if checksums or self._uncounted else []
         looks += [Look.EVERY_ROW, Look.SOME_ROWS] if checksums else []
         self._checksums = {look: self._checksum(tensors, look) for look in looks}
@@ -279,7 +285,16 @@ class Snapshot:
 
     def _checksum(self, tensors: Sequence[Tensor], look: Look) -> int:
         """Checksum of what the tensors hold now."""
-        return (self._memory or Memory.of([t.contiguous() for t in tensors])).checksum(look)
+        if self._memory is not None:
+            return self._memory.checksum(look)
+        if not self._compiled:  # other devices read all of it as fast as some
+            return _portable_checksum(tensors) if look == Look.EVERY_VALUE else 0
+        contiguous = [t.contiguous() for t in tensors]  # held until their memory has been read
+        return Memory.of(contiguous).checksum(look)
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t
 
 
 def _facts(t: Tensor) -> tuple[object, ...]:
@@ -288,26 +303,20 @@ def _facts(t: Tensor) -> tuple[object, ...]:
 
 
 class Memory(NamedTuple):
-    """Where contiguous tensors lie; on other devices than the CPU, the tensors (weakly)."""
+    """Where contiguous tensors lie; the caller keeps them alive."""
 
     addresses: list[int]
     sizes: list[int]
     rows: list[int]  # bytes of a row, zero for vectors and small matrices
-    elsewhere: list[weakref.ref[Tensor]]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Memory:
-        """Look up where tensors lie; the caller keeps them alive."""
-        if tensors and (tensors[0].device.type != "cpu" or extension.obstacle("cpu") is not None):
-            return cls([], [], [], [weakref.ref(t) for t in tensors])
+        """Look up where tensors of the CPU lie."""
         rows = [t.shape[-1] * t.itemsize if t.nbytes > SMALL_BYTES else 0 for t in tensors]
-        return cls([t.data_ptr() for t in tensors], [t.nbytes for t in tensors], rows, [])
+        return cls([t.data_ptr() for t in tensors], [t.nbytes for t in tensors], rows)
 
     def checksum(self, look: Look) -> int:
-        """Checksum over the bytes and their places; on other devices, which read fast, over all or none of them."""
-        if self.elsewhere:
-            tensors = [reference() for reference in self.elsewhere]
-            return _portable_checksum(tensors) if look == Look.EVERY_VALUE else 0
+        """Checksum over the bytes and their places."""
         if look == Look.EVERY_VALUE:
             return _checksum(self.addresses, self.sizes)
         regions = list(zip(self.addresses, self.sizes, self.rows, strict=True))

@@ -66,12 +66,10 @@ class OperatorsWalk(Walk):
             weights = weights.map(lambda t: _packed(t, settings.dtype))
         decoders = decoding.decoders(weights)
         decode = norm_linear_argmax if decoding.labels else norm_linear
-        caches = {
-            g.start: c for g, c in zip(groups, cache.split([g.stop - g.start for g in groups]), strict=True)
-        }
+        caches = cache.split([group.stop - group.start for group in groups])
 
         def step(chunk: Chunk, out: Sequence[Tensor] | None) -> Sequence[Tensor]:
-            images, (coords, tables) = caches[chunk.images.start], chunk.queries
+            images, (coords, tables) = caches[groups.index(chunk.images)], chunk.queries
             coords = coords if settings.in_place else recordable(coords)
             query = bilinear_sample(images.patch_grid, coords, impl=impl)  # [b, n, D]
             decoded = [decode(query, *decoders[0], impl=impl)] if 0 in decoders else []
