@@ -234,6 +234,17 @@ def test_a_cache_is_a_pytree(network):
     assert torch.equal(again.patch_grid, cache.patch_grid * 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"return_all_layers": True}])
+def test_weights_packed_by_pytorch_pass_the_checks(network, coords, dtype, options):
+    """Several chunks pack weights for oneDNN where the CPU has it."""
+    image = [h.to(dtype) for h in make_image(3)[0]], make_image(3)[1].to(dtype)
+    low = copy.deepcopy(network).to(dtype)
+    cache = low.prepare(*image, impl="torch")
+    chunked, whole = (low(cache, coords, impl="torch", query_chunk_size=n, **options) for n in (20, COUNT))
+    torch.testing.assert_close(chunked, whole, rtol=2e-2, atol=2e-2)
+
+
 # Weights that change
 
 

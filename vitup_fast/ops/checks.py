@@ -178,6 +178,12 @@ def check_coords(coords: Tensor, batch: int | None = None, count: int | None = N
         raise expected("coords", f"{count} queries", f"{coords.shape[1]} in shape {tuple(coords.shape)}")
 
 
+def check_matrix(name: str, weight: Tensor, shape: str) -> None:
+    """Check that a parameter is a matrix, so that its sizes can be asked for; packed ones are this library's own."""
+    if not (isinstance(weight, Tensor) and weight.is_mkldnn):
+        check_features(name, weight, shape)
+
+
 def check_weight(name: str, weight: Tensor, shape: Sequence[int], like: Tensor) -> None:
     """Check a parameter's shape, and that dtype and device are those of the features it meets."""
     if not (isinstance(weight, Tensor) and weight.is_mkldnn):  # packed weights are this library's own

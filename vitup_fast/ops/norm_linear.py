@@ -168,7 +168,7 @@ def _checked(
     """Check the arguments and cast them under autocast."""
     checks.check_features("x", x, "(B, N, D)")
     x, norm_weight, norm_bias, weight, bias = autocast(x, norm_weight, norm_bias, weight, bias)
-    checks.check_features("weight", weight, "(E, D)")
+    checks.check_matrix("weight", weight, "(E, D)")
     dim, width = x.shape[-1], weight.shape[0]
     checks.check_weight("norm_weight", norm_weight, (dim,), x)
     checks.check_weight("norm_bias", norm_bias, (dim,), x)

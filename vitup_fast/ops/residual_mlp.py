@@ -41,7 +41,7 @@ _operator = Operator(
 
 def check_mlp(name: str, weights: MLPWeights, x: Tensor) -> None:
     """Check that an MLP maps the width of ``x`` to itself, in its dtype and on its device."""
-    checks.check_features(f"{name}.weight1", weights.weight1, "(E, D)")
+    checks.check_matrix(f"{name}.weight1", weights.weight1, "(E, D)")
     dim, hidden = x.shape[-1], weights.weight1.shape[0]
     if hidden == 0:
         raise checks.expected(f"{name}.weight1", "a hidden width of at least 1", tuple(weights.weight1.shape))
