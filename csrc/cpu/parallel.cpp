@@ -125,7 +125,7 @@ OpenMPParallel openmp_of_process() {
 
 // Never destroyed: workers may outlive static objects.
 std::atomic<Pool*> pool{nullptr};
-// Whether this thread's OpenMP has none but threads of this process.
+// Whether OpenMP is known to wait for no threads but those of this process.
 std::atomic<bool> openmp_works{true};
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -137,7 +137,7 @@ void before_fork() {
   using Pause = int (*)(int kind);
   const auto pause = reinterpret_cast<Pause>(dlsym(RTLD_DEFAULT, "omp_pause_resource_all"));
   constexpr int SOFT = 1;
-  openmp_ended = pause && pause(SOFT) == 0;
+  openmp_ended = openmp_works && pause && pause(SOFT) == 0;
 }
 
 void after_fork_in_child() {
