@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sanitize sanitize-threads clean
 
 # Upsample the photograph that ships with the project; random weights if the published ones cannot be fetched.
 demo: $(VENV)/demo.installed
@@ -14,6 +14,14 @@ test: $(VENV)/test.installed
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# Memory errors and undefined behaviour of the compiled code; and races between its threads.
+sanitize: $(VENV)/test.installed
+	PYTHON=$(VENV)/bin/python .ci/sanitize address,undefined test_cpu_kernels.py test_cuda_kernels.py \
+	  test_fingerprint.py test_operations.py -k "not triton" --numprocesses auto --maxprocesses 8
+
+sanitize-threads: $(VENV)/test.installed
+	PYTHON=$(VENV)/bin/python .ci/sanitize thread test_cpu_kernels.py test_fingerprint.py -k thread
 
 $(VENV)/%.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -105,7 +105,7 @@ inline void attention_backward(const Common& common, const AttentionBackward& a)
       }
       for (int64_t j = 0; j < width; ++j) {
         // Beyond the last query every probability is zero.
-        log2_sum[j] = j < count ? a.log2_sum[matrix * a.N + begin + j] : __builtin_inff();
+        log2_sum[j] = j < count ? load_as<float>(a.log2_sum + matrix * a.N + begin + j) : __builtin_inff();
         Floats products{};
         if (j < count)
           for (int64_t i = 0; i < d; i += LANES) products += load(grad + j * D + i) * load(attended + j * D + i);
@@ -136,7 +136,7 @@ inline void attention_backward(const Common& common, const AttentionBackward& a)
       for (int64_t j = 0; j < count; ++j) {
         for (int64_t c = 0; c < d; ++c) row[c] = grad_query[c * QUERY_GROUP + j] * scale;
         const C* xy = (const C*)a.coords.xy + 2 * (image * a.N + begin + j);
-        rotation(xy[0] * (C)a.token_w, xy[1] * (C)a.token_h, a.inv_freq, d, cosines, sines);
+        rotation(load_as<C>(xy) * (C)a.token_w, load_as<C>(xy + 1) * (C)a.token_h, a.inv_freq, d, cosines, sines);
         for (int64_t i = 0; i < d; i += LANES) {
           const Floats g = load(row + i);
           if (a.grad_rotated) store(a.grad_rotated + offset + j * D + i, g);

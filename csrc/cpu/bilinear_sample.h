@@ -22,16 +22,16 @@ inline void bilinear_sample(const Common& common, const BilinearSample& a) {
     const T* grid = (const T*)a.grid + image * a.P * a.Q * a.D;
     for (int64_t i = image * a.N + begin; i < image * a.N + end; ++i) {
       const C* xy = (const C*)a.coords.xy + 2 * i;
-      const Corners<C> x = corners(xy[0], a.Q), y = corners(xy[1], a.P);
+      const Corners<C> x = corners(load_as<C>(xy), a.Q), y = corners(load_as<C>(xy + 1), a.P);
       const T* top = grid + y.left * a.Q * a.D;
       const T* bottom = grid + y.right * a.Q * a.D;
       T* out = (T*)a.out + i * a.D;
       if constexpr (sizeof(T) == 4 && sizeof(C) == 8) {
         for (int64_t d = 0; d < a.D; ++d) {
-          const double top_left = top[x.left * a.D + d], bottom_left = bottom[x.left * a.D + d];
-          const double upper = top_left + x.fraction * (top[x.right * a.D + d] - top_left);
-          const double lower = bottom_left + x.fraction * (bottom[x.right * a.D + d] - bottom_left);
-          out[d] = (float)(upper + y.fraction * (lower - upper));
+          const double top_left = load_as<T>(top + x.left * a.D + d), bottom_left = load_as<T>(bottom + x.left * a.D + d);
+          const double upper = top_left + x.fraction * (load_as<T>(top + x.right * a.D + d) - top_left);
+          const double lower = bottom_left + x.fraction * (load_as<T>(bottom + x.right * a.D + d) - bottom_left);
+          store_as(out + d, (float)(upper + y.fraction * (lower - upper)));
         }
         continue;
       }

@@ -29,8 +29,9 @@ inline C relative_position(C coordinate, int64_t index, int64_t count) {
 
 template <class C>
 inline Nearest<C> nearest_token(const C* xy, int64_t h, int64_t w) {
-  const int64_t col = nearest_index(xy[0], w), row = nearest_index(xy[1], h);
-  return {row * w + col, relative_position(xy[0], col, w), relative_position(xy[1], row, h)};
+  const C x = load_as<C>(xy), y = load_as<C>(xy + 1);
+  const int64_t col = nearest_index(x, w), row = nearest_index(y, h);
+  return {row * w + col, relative_position(x, col, w), relative_position(y, row, h)};
 }
 
 // Angles of a position at the first `count` frequencies, in turns; whole turns of float64 are left out before rounding.
@@ -39,7 +40,7 @@ inline Floats turns_at(C position, const float* frequencies, int64_t count) {
   if constexpr (sizeof(C) == 4) return position * load_part(frequencies, count);
   Floats turns{};
   for (int64_t i = 0; i < smaller(LANES, count); ++i) {
-    const double angle = position * (double)frequencies[i];
+    const double angle = position * (double)load_as<float>(frequencies + i);
     turns[i] = (float)(angle - nearest_even(angle));
   }
   return turns;

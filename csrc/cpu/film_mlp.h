@@ -81,8 +81,8 @@ inline void modulate_at(const FilmMlp& a, int64_t image, int64_t begin, int64_t 
 template <class T, class Arguments>
 inline void modulate_from_table(const Arguments& a, int64_t image, int64_t begin, int64_t rows, float* m) {
   for (int64_t r = 0; r < rows; ++r) {
-    const float* gamma = a.table + a.row[begin + r] * 2 * a.D;
-    const int64_t nearest = image * a.token_h * a.token_w + a.token[begin + r];
+    const float* gamma = a.table + load_as<int64_t>(a.row + begin + r) * 2 * a.D;
+    const int64_t nearest = image * a.token_h * a.token_w + load_as<int64_t>(a.token + begin + r);
     for (int64_t i = 0; i < a.D; i += LANES) {
       const Floats token = load((const T*)a.tokens + nearest * a.D + i);
       store(m + r * a.D + i, token + token * load(gamma + i) + load(gamma + a.D + i));
@@ -173,8 +173,8 @@ inline void film_mlp_backward(const Common& common, const FilmMlpBackward& a) {
     } else {
       modulate_from_table<T>(a, image, begin, rows, centred);
       for (int64_t r = 0; r < rows; ++r) {
-        a.nearest[first + r] = image * a.token_h * a.token_w + a.token[begin + r];
-        widen(a.table + a.row[begin + r] * 2 * D, D, gamma + r * D);
+        a.nearest[first + r] = image * a.token_h * a.token_w + load_as<int64_t>(a.token + begin + r);
+        widen(a.table + load_as<int64_t>(a.row + begin + r) * 2 * D, D, gamma + r * D);
       }
     }
 

@@ -85,7 +85,7 @@ inline void multiply_block(const int32_t* a, int64_t a_stride, const int32_t* b,
     for (int v = 0; v < VECTORS; ++v) column[v] = load_as<Ints>(b + v * LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-      const Ints row = Ints{} + a[BY_WORDS ? k * a_stride + r : r * a_stride + k];
+      const Ints row = Ints{} + load_as<int32_t>(a + (BY_WORDS ? k * a_stride + r : r * a_stride + k));
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) sums[r][v] = Operand::multiply_add(sums[r][v], row, column[v]);
     }

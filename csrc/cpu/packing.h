@@ -28,14 +28,14 @@ template <class Operand, class T>
 inline int32_t packed_word(const T* column, int64_t stride, int64_t k, int64_t i, [[maybe_unused]] float inverse) {
   uint32_t word = 0;
   if constexpr (Operand::PER_WORD == 1) {
-    const float value = widened(column[i * stride]);
+    const float value = widened(load_as<T>(column + i * stride));
     __builtin_memcpy(&word, &value, sizeof word);
   } else if constexpr (Operand::PER_WORD == 2) {
-    word = bfloat16_bits(column[2 * i * stride]);
-    if (2 * i + 1 < k) word |= (uint32_t)bfloat16_bits(column[(2 * i + 1) * stride]) << 16;
+    word = bfloat16_bits(load_as<T>(column + 2 * i * stride));
+    if (2 * i + 1 < k) word |= (uint32_t)bfloat16_bits(load_as<T>(column + (2 * i + 1) * stride)) << 16;
   } else {
     for (int64_t part = 0; part < smaller(4, k - 4 * i); ++part) {
-      const int32_t q = (int32_t)__builtin_rintf(widened(column[(4 * i + part) * stride]) * inverse);
+      const int32_t q = (int32_t)__builtin_rintf(widened(load_as<T>(column + (4 * i + part) * stride)) * inverse);
       word |= (uint32_t)(q & 0xff) << (8 * part);
     }
   }
@@ -47,7 +47,7 @@ template <class T>
 inline float largest_size(const T* column, int64_t stride, int64_t k) {
   float largest = 0.0f;
   for (int64_t i = 0; i < k; ++i) {
-    const float size = __builtin_fabsf(widened(column[i * stride]));
+    const float size = __builtin_fabsf(widened(load_as<T>(column + i * stride)));
     largest = size > largest || size != size ? size : largest;
   }
   return largest;

@@ -120,7 +120,7 @@ inline void rope_cross_attention(const Common& common, const RopeCrossAttention&
     float* sines = attention.take<float>(d);
     for (int64_t r = 0; r < rows; ++r) {
       const C* xy = (const C*)a.coords.xy + 2 * (image * a.N + begin + r);
-      rotation(xy[0] * (C)a.token_w, xy[1] * (C)a.token_h, a.inv_freq, d, cosines, sines);
+      rotation(load_as<C>(xy) * (C)a.token_w, load_as<C>(xy + 1) * (C)a.token_h, a.inv_freq, d, cosines, sines);
       float* row = product + r * D;
       rotate(row, a.query.bias, scale, D, d, cosines, sines);
       encode(query, r, 0, row, D);

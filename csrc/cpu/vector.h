@@ -23,6 +23,7 @@ struct float16 {
   uint16_t bits;
 };
 
+// At any address: tensors of memory that was read from a file may lie at one that is no multiple of their numbers' size.
 template <class V, class T>
 inline V load_as(const T* from) {
   V v;
@@ -182,6 +183,6 @@ template <class T>
 inline Floats load_part(const T* from, int64_t count) {
   if (count >= LANES) return load(from);
   Floats v{};
-  for (int64_t i = 0; i < count; ++i) v[i] = widened(from[i]);
+  for (int64_t i = 0; i < count; ++i) v[i] = widened(load_as<T>(from + i));
   return v;
 }
