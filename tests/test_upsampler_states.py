@@ -255,3 +255,15 @@ def test_budgets_are_checked_at_once(options):
     (name,) = options
     with pytest.raises(InputError, match=f"{name}: expected a positive integer"):
         Upsampler(network, vit, **options)
+
+
+@pytest.mark.parametrize("name", ["images", "query_coords", "pixels"])
+def test_tensors_without_values_are_refused_by_name(model, name):
+    image, coords = make_image(1), make_coords()
+    calls = {
+        "images": lambda: model.set_images(image.to("meta")),
+        "query_coords": lambda: model(image, coords.to("meta")),
+        "pixels": lambda: model.points(coords.to("meta"), image),
+    }
+    with pytest.raises(InputError, match=f"{name}: expected a tensor that holds values"):
+        calls[name]()

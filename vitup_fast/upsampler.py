@@ -215,7 +215,7 @@ class Upsampler(nn.Module):
         check_coords(query_coords)
         cache = self._images(images).cache
         options = self._budget(query_chunk_size)
-        coords = query_coords.to(self.device)
+        coords = self._moved("query_coords", query_coords)
         outputs = {"return_all_layers": return_all_layers, "head": head, "labels": labels}
         return self.vit_up(cache, coords, **outputs, **options)
 
@@ -295,7 +295,7 @@ class Upsampler(nn.Module):
         if pixels.dtype not in COORDINATE_DTYPES:
             raise expected("pixels", "dtype float32 or float64", pixels.dtype)
         height, width = current.size
-        coords = (pixels / pixels.new_tensor((width, height))).to(self.device)
+        coords = self._moved("pixels", pixels / pixels.new_tensor((width, height)))
         outputs = {"return_all_layers": return_all_layers, "head": head, "labels": labels}
         return self.vit_up(current.cache, coords, **outputs, **self._budget(query_chunk_size))
 
@@ -320,7 +320,7 @@ class Upsampler(nn.Module):
             images = images.unsqueeze(0)
         if images.dim() != 4:
             raise expected("images", "shape (3, H, W) or (B, 3, H, W)", tuple(images.shape))
-        return self._compute(images.to(self.device))
+        return self._compute(self._moved("images", images))
 
     def _known_images(self) -> _CurrentImages:
         """The images set last, computed anew if weights or the compute type have changed since."""
@@ -346,6 +346,12 @@ class Upsampler(nn.Module):
         source = Snapshot(parameters_and_buffers(self))
         current = self._current = _CurrentImages(pixels, cache, source, self.vit_up.compute_dtype)
         return current
+
+    def _moved(self, name: str, tensor: Tensor) -> Tensor:
+        """Move an argument to the network's device; one without values cannot be."""
+        if self.device.type != "meta" and tensor.is_meta:
+            raise expected(name, "a tensor that holds values", "one on the meta device")
+        return tensor.to(self.device)
 
     def _budget(self, query_chunk_size: int | None) -> dict[str, int | None]:
         """Chunk size or memory budget of one pass."""
