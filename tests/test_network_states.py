@@ -363,6 +363,32 @@ def test_snapshots_know_tensors_by_themselves():
     assert not snapshot.holds(tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_looks_at_large_matrices_see_rows_or_the_whole(dtype):
+    """What calls that cannot afford to read every value notice."""
+    matrices = [
+        torch.randn(1024, 384).to(dtype),
+        torch.randn(384, 1024).to(dtype),
+        torch.randn(384).to(dtype),
+    ]
+    snapshot = Snapshot(matrices, checksums=True)
+    assert all(snapshot.holds(matrices, look) for look in Look)
+    for matrix in matrices[:2]:
+        for row in (0, 1, 5, len(matrix) - 1):
+            kept = matrix[row].clone()
+            matrix.data[row] = 0
+            assert not snapshot.holds(matrices, Look.EVERY_ROW)
+            matrix.data[row] = kept
+        assert snapshot.holds(matrices, Look.EVERY_VALUE)
+        matrix.data[7, 300] += 1
+        assert not snapshot.holds(matrices, Look.EVERY_VALUE)
+        matrix.data.mul_(0.9)
+        assert not snapshot.holds(matrices, Look.SOME_ROWS)
+        snapshot = Snapshot(matrices, checksums=True)
+    matrices[2].data[383] = 3
+    assert not snapshot.holds(matrices, Look.SOME_ROWS)
+
+
 # Images that change
 
 

@@ -238,7 +238,7 @@ class Look(IntEnum):
     NONE = -1
     EVERY_VALUE = 0
     EVERY_ROW = 1  # 64 bytes of each
-    SOME_ROWS = 8  # 64 bytes of every eighth
+    SOME_ROWS = 32  # 64 bytes of each that many
 
 
 def affordable_look(tensors: Sequence[Tensor], queries: int) -> Look:
@@ -302,35 +302,45 @@ def _facts(t: Tensor) -> tuple[object, ...]:
     return t.data_ptr(), t.shape, t.stride(), t.dtype, None if t.is_inference() else t._version
 
 
-class Memory(NamedTuple):
-    """Where contiguous tensors lie; the caller keeps them alive."""
+class _Regions(NamedTuple):
+    """Pieces of memory."""
 
     addresses: list[int]
     sizes: list[int]
-    rows: list[int]  # bytes of a row, zero for vectors and small matrices
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> _Regions:
+        """Look up where contiguous tensors lie."""
+        return cls([t.data_ptr() for t in tensors], [t.nbytes for t in tensors])
+
+
+class Memory(NamedTuple):
+    """Where contiguous tensors of the CPU lie; the caller keeps them alive."""
+
+    everything: _Regions
+    small: _Regions  # read as a whole wherever they are looked at
+    large: _Regions
+    row: int  # bytes of the shortest row of a large one
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Memory:
-        """Look up where tensors of the CPU lie."""
-        rows = [t.shape[-1] * t.itemsize if t.nbytes > SMALL_BYTES else 0 for t in tensors]
-        return cls([t.data_ptr() for t in tensors], [t.nbytes for t in tensors], rows)
+        """Look up where tensors lie."""
+        small = [t for t in tensors if t.nbytes <= SMALL_BYTES]
+        large = [t for t in tensors if t.nbytes > SMALL_BYTES]
+        row = min((t.shape[-1] * t.itemsize for t in large), default=0)
+        return cls(_Regions.of(tensors), _Regions.of(small), _Regions.of(large), row)
 
     def checksum(self, look: Look) -> int:
         """Checksum over the bytes and their places."""
         if look == Look.EVERY_VALUE:
-            return _checksum(self.addresses, self.sizes)
-        regions = list(zip(self.addresses, self.sizes, self.rows, strict=True))
-        small = [(address, size) for address, size, row in regions if row == 0]
-        large = [(address, size) for address, size, row in regions if row > 0]
-        stride = look * min((row for row in self.rows if row), default=0)
-        return _checksum(*zip(*small, strict=True)) ^ _checksum(*zip(*large, strict=True), stride=stride)
+            return _checksum(self.everything)
+        return _checksum(self.small) ^ _checksum(self.large, look * self.row)
 
 
-def _checksum(addresses: Sequence[int] = (), sizes: Sequence[int] = (), stride: int = 0) -> int:
+def _checksum(regions: _Regions, stride: int = 0) -> int:
     """Checksum over memory of the CPU, or over 64 of every ``stride`` bytes of each region."""
     stride = stride if stride >= 64 else 0
-    library = extension.load().cpu
-    return library.fingerprint(addresses, sizes, stride, threads=torch.get_num_threads())
+    return extension.load().cpu.fingerprint(*regions, stride, threads=torch.get_num_threads())
 
 
 def _portable_checksum(tensors: Sequence[Tensor]) -> int:

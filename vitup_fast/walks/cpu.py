@@ -18,12 +18,12 @@ from ..kernels.cpu.residual_mlp import pack_mlp, residual_mlp
 from ..kernels.cpu.rope_cross_attention import Attention, pack_attention, pack_image, rope_cross_attention
 from ..network.image_cache import ImageCache
 from ..network.weights import (
+    EVERY_VALUE_QUERIES,
     BlockWeights,
     DecoderWeights,
     Look,
     NetworkWeights,
     Snapshot,
-    affordable_look,
 )
 from .plan import Spans
 from .walk import Chunk, Decoding, Settings, Step, Walk, plain_modes
@@ -125,8 +125,8 @@ class CpuWalk(Walk):
         with plain_modes(cache.patch_grid.device):
             cache = cache.to(self.dtype)
             context = self._context(scratch_bytes)
-            look = affordable_look(cache.keys, spans.lines * spans.length * cache.batch_size)
-            images = self._packed(context, cache, look)
+            many = spans.lines * spans.length * cache.batch_size >= EVERY_VALUE_QUERIES
+            images = self._packed(context, cache, Look.EVERY_VALUE if many else Look.NONE)
             decoders = {depth: self.decoders[depth] for depth in decoding.depths}
             if decoding.head is not None:
                 last = decoding.depths[-1]
