@@ -308,7 +308,9 @@ class ViTUp(nn.Module):
         groups = [slice(0, B)]
         if not torch.compiler.is_compiling():
             groups = list(cut(B, max(1, spans.chunk // max(1, count))))  # images whose queries share a chunk
-        walk = self._walk(choose_walk(settings), settings, weights, B * count)
+        kind = choose_walk(settings)
+        look = self._look(weights, B * count) if kind.remembered else Look.NONE
+        walk = self._walk(kind, settings, weights, look)
         outputs: Sequence[Tensor] = ()
         if settings.in_place:
             with plain_modes(self.device):
@@ -337,36 +339,33 @@ class ViTUp(nn.Module):
         kind: type[Walk],
         settings: Settings,
         weights: NetworkWeights,
-        queries: int | None = None,
+        look: Look = Look.NONE,
     ) -> Walk:
-        """A walk by these weights: the remembered one if they are what it was made of.
-
-        They are looked at as closely as so many queries can afford, or not at all.
-        """
+        """A walk by these weights: the remembered one if they are what it was made of, as far as a look shows."""
         if not kind.remembered:
             return kind(weights, settings)
         key = (kind, *settings, self.device)
-        # What is folded inside a caller's graph exists only when that graph is replayed.
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         known = self._walks.get(key)
-        look = Look.NONE
-        if queries is not None and not capturing:
-            look = affordable_look(weights.parameters, queries)
         if known is not None and known.source.holds(weights.tensors, look):
             return known.walk
         walk = kind(weights, settings)
-        if not capturing:
+        # What is folded inside a caller's graph exists only when that graph is replayed.
+        if not self._is_captured():
             self._walks[key] = _Remembered(walk, Snapshot(weights.tensors, checksums=True))
         return walk
 
+    def _look(self, weights: NetworkWeights, queries: int | None) -> Look:
+        """How closely to look at the weights of remembered walks; see :func:`affordable_look`."""
+        return Look.NONE if self._is_captured() else affordable_look(weights.parameters, queries)
+
+    def _is_captured(self) -> bool:
+        """Whether a caller records a CUDA graph, in which nothing can be waited for."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
     def _forget_changed_walks(self, weights: NetworkWeights) -> None:
-        """Forget walks by weights that were other ones."""
+        """Forget walks by weights that were other ones, as a new image is computed."""
         if self._walks and not torch.compiler.is_compiling():
-            look = affordable_look(weights.parameters, 0)
-            # On a GPU every value is read in less time than this takes to begin.
-            look = (
-                Look.EVERY_ROW if self.device.type == "cpu" and look != Look.EVERY_VALUE else Look.EVERY_VALUE
-            )
+            look = self._look(weights, None)
             for key, known in list(self._walks.items()):
                 if not known.source.holds(weights.tensors, look):
                     self._walks.pop(key, None)

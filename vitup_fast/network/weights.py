@@ -27,6 +27,8 @@ Nested = TypeVar("Nested")
 # Where reading every weight costs at most two percent of a call: queries, or bytes of all weights.
 EVERY_VALUE_QUERIES = 2048
 EVERY_VALUE_BYTES = 4 << 20
+# Bytes of tensors that PyTorch is given at once for a checksum.
+CHECKSUM_BYTES = 16 << 20
 # Tensors that are read as a whole wherever some of them are: vectors, and matrices of short rows.
 SMALL_BYTES = 1 << 17
 
@@ -241,11 +243,20 @@ class Look(IntEnum):
     SOME_ROWS = 32  # 64 bytes of each that many
 
 
-def affordable_look(tensors: Sequence[Tensor], queries: int) -> Look:
-    """How closely a call of so many queries looks at weights: so that it costs at most two percent of the call."""
-    if queries >= EVERY_VALUE_QUERIES or sum(t.nbytes for t in tensors) <= EVERY_VALUE_BYTES:
+def affordable_look(tensors: Sequence[Tensor], queries: int | None) -> Look:
+    """How closely to look at weights, so that it costs at most two percent of what it precedes.
+
+    Args:
+        tensors: the weights.
+        queries: of the call that it precedes; None for the projection of a new image.
+    """
+    if tensors[0].device.type != "cpu":
+        # A GPU reads everything at once, but has to be waited for.
+        return Look.EVERY_VALUE if queries is None else Look.NONE
+    large_call = queries is not None and queries >= EVERY_VALUE_QUERIES
+    if large_call or sum(t.nbytes for t in tensors) <= EVERY_VALUE_BYTES:
         return Look.EVERY_VALUE
-    return Look.SOME_ROWS
+    return Look.EVERY_ROW if queries is None else Look.SOME_ROWS
 
 
 class Snapshot:
@@ -344,9 +355,15 @@ def _checksum(regions: _Regions, stride: int = 0) -> int:
 
 
 def _portable_checksum(tensors: Sequence[Tensor]) -> int:
-    """The same by PyTorch, on any device, with one synchronisation."""
-    flat = [t.detach().flatten().view(torch.uint8) for t in tensors]
-    padding = torch.zeros(-sum(t.numel() for t in flat) % 4, dtype=torch.uint8, device=flat[0].device)
-    words = torch.cat([*flat, padding]).view(torch.int32)
-    factors = torch.arange(1, 2 * words.numel(), 2, dtype=torch.int32, device=words.device)
-    return int((words * factors).sum(dtype=torch.int64))
+    """The same by PyTorch, on any device, with one synchronisation and little memory."""
+    total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
+    batch: list[Tensor] = []
+    for i, t in enumerate(tensors):
+        batch.append(t.detach().flatten().view(torch.uint8))
+        if i + 1 == len(tensors) or sum(b.numel() for b in batch) >= CHECKSUM_BYTES:
+            padding = torch.zeros(-sum(b.numel() for b in batch) % 4, dtype=torch.uint8, device=total.device)
+            words = torch.cat([*batch, padding]).view(torch.int32)
+            factors = torch.arange(1, 2 * words.numel(), 2, dtype=torch.int32, device=total.device)
+            total = total * 1_000_003 + (words * factors).sum(dtype=torch.int64)
+            batch = []
+    return int(total)

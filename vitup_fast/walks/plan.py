@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -108,7 +109,9 @@ def _longest(count: int, most: int) -> int:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of memory that a device has in all."""
+    """Bytes of memory that a device has in all, or more than any has where that is not known."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return sys.maxsize
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
