@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
@@ -39,6 +40,17 @@ def pytest_collection_modifyitems(config, items):
     repeated = [item for item in items if is_repeated(item)]
     config.hook.pytest_deselected(items=repeated)
     items[:] = [item for item in items if item not in repeated]
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    """PyTorch's default dtype, and the former one afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def query_bytes(network, impl):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import default_dtype
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -711,16 +712,6 @@ def test_attached_adapters_compute_what_merged_ones_do(golden, base, lora, scali
     attached.merge_lora()
     for name, value in merged.state_dict().items():
         torch.testing.assert_close(attached.state_dict()[name], value, rtol=1e-12, atol=1e-12)
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

@@ -6,12 +6,12 @@ import copy
 import io
 import pickle
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.utils.prune
-from conftest import FAST_IMPLS
+from conftest import FAST_IMPLS, default_dtype
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -63,16 +63,6 @@ def assert_right(actual, network, image, coords):
 
 def features(network, image, coords, impl):
     return network(network.prepare(*image, impl=impl), coords, impl=impl)
-
-
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 STATES = {

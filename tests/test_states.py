@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from conftest import FAST_IMPLS
+from conftest import FAST_IMPLS, default_dtype
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -73,16 +73,6 @@ def squares(function):
 
 
 # Global defaults
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager
