@@ -181,7 +181,9 @@ def compare_operation(
     cotangent = None
     if backward:
         width = run_operation(operation, arguments, "reference", None)["output"].shape
-        cotangent = torch.randn(width, generator=generator).to(device, dtype)
+        cotangent = torch.randn(width, generator=generator, dtype=torch.float32, device="cpu").to(
+            device, dtype
+        )
     exact = run_operation(operation, wide, "reference", cotangent)
     eager = run_operation(operation, arguments, "reference", cotangent)
     if backward and name == "film_mlp_table":
@@ -264,7 +266,13 @@ def network_results(setting: Setting, impl: str, part: str, chunk: int | None = 
         head = None
         if part == "dense with head":
             head = nn.Linear(net.config.dim, 5).to(net.device)
-            weight = torch.randn(5, net.config.dim, generator=torch.Generator().manual_seed(2))
+            weight = torch.randn(
+                5,
+                net.config.dim,
+                generator=torch.Generator("cpu").manual_seed(2),
+                dtype=torch.float32,
+                device="cpu",
+            )
             head.weight.copy_(weight / net.config.dim**0.5)
             head.bias.zero_()
             head = head.to(net.dtype)
@@ -285,7 +293,9 @@ def network_gradients(
     outputs = net(cache, coords, return_all_layers=True, impl=impl, query_chunk_size=chunk)
     if cotangents is None:
         generator = torch.Generator().manual_seed(3)
-        cotangents = [torch.randn(y.shape, generator=generator) for y in outputs]
+        cotangents = [
+            torch.randn(y.shape, generator=generator, dtype=torch.float32, device="cpu") for y in outputs
+        ]
     seeds = [c.to(y) for c, y in zip(cotangents, outputs, strict=True)]
     weights = list(net.parameters())
     leaves = [*weights, *hidden[1:], grid, coords]

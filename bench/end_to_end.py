@@ -123,7 +123,7 @@ def pieces(count: int, limit: int = CHUNK_QUERIES) -> list[slice]:
 
 def grid_coords(side: int, device: torch.device) -> Tensor:
     """Return cell centres of a square grid, row by row, in float64: ``[1, side * side, 2]``."""
-    centres = (torch.arange(side, dtype=torch.float64) + 0.5) / side
+    centres = (torch.arange(side, dtype=torch.float64, device="cpu") + 0.5) / side
     y, x = torch.meshgrid(centres, centres, indexing="ij")
     return torch.stack((x, y), dim=-1).view(1, -1, 2).to(device)
 
@@ -256,12 +256,15 @@ def network_case(
     net, hidden, grid = network_and_image(config, parameters, device, token_grid, patch_grid)
     net.requires_grad_(backward)
     generator = torch.Generator().manual_seed(1)
-    scattered = torch.rand(1, queries, 2, generator=generator).to(device)
+    scattered = torch.rand(1, queries, 2, generator=generator, dtype=torch.float32, device="cpu").to(device)
     # Nobody but the float64 definition gets the cell centres of a grid exactly.
     exact_coords = scattered if side is None else grid_coords(side, device)
     sample = torch.randperm(queries, generator=generator)[:judged].sort().values.to(device)
     layers = config.num_layers if backward else 0
-    cotangents = [torch.randn(1, queries, config.dim, generator=generator).to(device) for _ in range(layers)]
+    cotangents = [
+        torch.randn(1, queries, config.dim, generator=generator, dtype=torch.float32, device="cpu").to(device)
+        for _ in range(layers)
+    ]
     names = [name for name, _ in net.named_parameters()]
     cast = dtype if autocast else None
 

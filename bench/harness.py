@@ -328,7 +328,7 @@ def interleave(
 def peak_probes(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Run, Work]]:
     """Return runs that show what the machine can do, with their work: products in ``dtype``, and copies."""
     size, copied = (8192, 1 << 29) if device.type == "cuda" else (2048, 1 << 27)
-    x, weight = torch.randn(2, size, size, device=device).to(dtype).unbind()
+    x, weight = torch.randn(2, size, size, dtype=torch.float32, device=device).to(dtype).unbind()
     packed, transposed = pack(weight), weight.t()
     source = torch.zeros(copied, dtype=torch.int8, device=device)
     target = torch.zeros_like(source)
@@ -749,7 +749,9 @@ def operation_case(
     arguments = inputs(case.sizes, torch.Generator().manual_seed(0), dtype=dtype, device=device)
     with torch.no_grad():
         shape = function(**arguments, impl="reference").shape
-    cotangent = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    cotangent = torch.randn(
+        shape, generator=torch.Generator("cpu").manual_seed(1), dtype=torch.float32, device="cpu"
+    ).to(device, dtype)
 
     def runner(arguments: Arguments, impl: str, compiled: bool = False) -> Run:
         call = torch.compile(function, dynamic=False) if compiled else function

@@ -230,9 +230,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         if getattr(options, count) < 1:
             raise expected(f"--{count}", "a positive integer", getattr(options, count))
     device = check_device(options.device)
-    resolve("triton", torch.empty(0, device=device), {})
+    resolve("triton", torch.empty(0, dtype=torch.float32, device=device), {})
     tqdm = require("tqdm", "demo", "The progress of the tuner").tqdm
-    device_name, _ = common.target_of(torch.empty(0, device=device))
+    device_name, _ = common.target_of(torch.empty(0, dtype=torch.float32, device=device))
     path = options.output or common.user_settings_path(device_name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -252,7 +252,7 @@ def test_factories_name_dtype_and_device():
     root = Path(vitup_fast.__file__).parents[1]
     found = [
         f"{path.relative_to(root)}:{line}: {message}"
-        for folder in ("vitup_fast", "kernels")
+        for folder in ("vitup_fast", "kernels", "bench")
         for path in sorted((root / folder).rglob("*.py"))
         for line, message in careless_factories(path.read_text(), folder == "kernels")
     ]
