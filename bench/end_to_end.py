@@ -259,7 +259,11 @@ def network_case(
     scattered = torch.rand(1, queries, 2, generator=generator, dtype=torch.float32, device="cpu").to(device)
     # Nobody but the float64 definition gets the cell centres of a grid exactly.
     exact_coords = scattered if side is None else grid_coords(side, device)
-    sample = torch.randperm(queries, generator=generator)[:judged].sort().values.to(device)
+    sample = (
+        torch.randperm(queries, generator=generator, dtype=torch.int64, device="cpu")[:judged]
+        .sort()
+        .values.to(device)
+    )
     layers = config.num_layers if backward else 0
     cotangents = [
         torch.randn(1, queries, config.dim, generator=generator, dtype=torch.float32, device="cpu").to(device)

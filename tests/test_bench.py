@@ -253,7 +253,7 @@ def test_error_is_measured_in_units_of_eager(fake_probes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_probes_run(monkeypatch, dtype):
     zeros = torch.zeros
-    monkeypatch.setattr("torch.randn", lambda *_, device: zeros(2, 16, 16, device=device))
+    monkeypatch.setattr("torch.randn", lambda *_, **options: zeros(2, 16, 16, **options))
     monkeypatch.setattr("torch.zeros", lambda size, **kwargs: zeros(64, **kwargs))
     probes = peak_probes(CPU, dtype)
     assert {"torch.mm", "F.linear", "memory copy"} <= set(probes)
