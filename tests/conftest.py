@@ -55,7 +55,7 @@ def default_dtype(dtype):
 
 def query_bytes(network, impl):
     """Memory that a budget counts for one query of the last depth."""
-    settings = Settings(impl, impl, network.config.num_heads, network.dtype, True)
+    settings = Settings(impl, impl, network.config.num_heads, network.dtype, network.device, True)
     dim, dtype = network.config.dim, network.dtype
     return choose_walk(settings).query_bytes(dim, dtype) + dim * dtype.itemsize
 

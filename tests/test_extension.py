@@ -269,7 +269,10 @@ def test_interrupted_build_leaves_the_old_module(small, tmp_path, stop):
     assert build.wait(timeout=30) != 0
     assert {p.name: p.read_bytes() for p in package.iterdir() if p.is_file()} == before
     next(small.glob("build/cmake-*/tools.json")).write_text('["half-writ')
+    # What was killed may still be starting the old file, which cannot be written to then.
+    compiler.unlink()
     compiler.write_text('#!/bin/sh\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
     build_in_place(small, VITUP_FAST_CUDA=0, CXX=compiler)
     code = "from vitup_fast import extension; assert extension.load().cpu == 'small'"
     python("-c", code, cwd=small, PYTHONPATH=small)

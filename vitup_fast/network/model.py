@@ -344,7 +344,7 @@ class ViTUp(nn.Module):
         """A walk by these weights: the remembered one if they are what it was made of, as far as a look shows."""
         if not kind.remembered:
             return kind(weights, settings)
-        key = (kind, *settings, self.device)
+        key = (kind, *settings)
         known = self._walks.get(key)
         if known is not None and known.source.holds(weights.tensors, look):
             return known.walk
@@ -381,7 +381,8 @@ class ViTUp(nn.Module):
 
     def _settings(self, impl: str, implementation: str, in_place: bool) -> Settings:
         """What a walk of this network is made for."""
-        return Settings(impl, implementation, self.config.num_heads, self.compute_dtype, in_place)
+        heads = self.config.num_heads
+        return Settings(impl, implementation, heads, self.compute_dtype, self.device, in_place)
 
     def _output_width(self, options: _Options) -> int:
         """Numbers decoded of one query."""

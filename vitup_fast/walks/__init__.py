@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from .cpu import CpuWalk
 from .gpu import GpuWalk
-from .operators import OperatorsWalk
+from .operators import OperatorsWalk, PackedOperatorsWalk
 from .walk import Settings, Walk
 
 # The first that takes the settings is chosen; the last takes all.
-WALKS: tuple[type[Walk], ...] = (CpuWalk, GpuWalk, OperatorsWalk)
+WALKS: tuple[type[Walk], ...] = (CpuWalk, GpuWalk, PackedOperatorsWalk, OperatorsWalk)
 
 
 def choose_walk(settings: Settings) -> type[Walk]:

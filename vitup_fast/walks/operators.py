@@ -21,7 +21,7 @@ from ..ops import (
 from ..ops.coordinates import rope_angles, rotate_complex, rotate_pairs, token_centres
 from ..ops.primitives import LAYER_NORM_EPS, pack
 from .plan import Spans
-from .walk import Chunk, Decoding, Settings, Step, Walk
+from .walk import Chunk, Decoding, Settings, Step, Walk, plain_modes
 
 
 class OperatorsWalk(Walk):
@@ -62,8 +62,6 @@ class OperatorsWalk(Walk):
         if not settings.in_place:
             # Autograd saves no inference tensors.
             weights, cache = weights.recordable(), cache.map(recordable)
-        elif settings.implementation == "torch" and spans.several and scratch_bytes is None:
-            weights = weights.map(lambda t: _packed(t, settings.dtype))
         decoders = decoding.decoders(weights)
         decode = norm_linear_argmax if decoding.labels else norm_linear
         caches = cache.split([group.stop - group.start for group in groups])
@@ -92,10 +90,23 @@ class OperatorsWalk(Walk):
         return step
 
 
-def _packed(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """A parameter in the compute type, a matrix in the layout that the CPU's products want."""
-    with torch.no_grad():
-        return pack(t.to(dtype)) if t.dim() == 2 else t.to(dtype)
+class PackedOperatorsWalk(OperatorsWalk):
+    """The same with matrices in the layout that PyTorch's products on a CPU want, as long as weights stay."""
+
+    remembered = True
+
+    @classmethod
+    def takes(cls, settings: Settings) -> bool:
+        """See :meth:`Walk.takes`."""
+        return settings.in_place and settings.implementation == "torch" and settings.device.type == "cpu"
+
+    def __init__(self, weights: NetworkWeights, settings: Settings) -> None:
+        with plain_modes(settings.device):
+            given = weights.map(lambda t: t.detach().to(settings.dtype))
+            packed = given.map(lambda t: pack(t) if t.dim() == 2 else t)
+            # An image's projections join keys and values, and happen once.
+            blocks = [p._replace(image=g.image) for p, g in zip(packed.blocks, given.blocks, strict=True)]
+        super().__init__(packed._replace(blocks=blocks), settings)
 
 
 def project(

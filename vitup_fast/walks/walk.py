@@ -25,6 +25,7 @@ class Settings(NamedTuple):
         implementation: the implementation that this is here.
         heads: attention heads.
         dtype: compute type.
+        device: where the network lies.
         in_place: whether kernels may write where they are told: no gradient is recorded, nothing traced.
     """
 
@@ -32,6 +33,7 @@ class Settings(NamedTuple):
     implementation: str
     heads: int
     dtype: torch.dtype
+    device: torch.device
     in_place: bool
 
 
