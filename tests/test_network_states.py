@@ -309,7 +309,7 @@ def test_changed_weights_are_noticed_with_the_same_image(changing, coords, impl,
 
 
 def test_every_value_is_compared_in_large_calls(changing):
-    coords = random_coords(torch.Generator().manual_seed(6), 1, 2048)
+    coords = random_coords(torch.Generator().manual_seed(6), 1, 4096)
     cache = changing.prepare(*make_image(3))
     changing(cache, coords)
     UNCOUNTED["an element"](changing)

@@ -61,7 +61,7 @@ class ViTUp(nn.Module):
     Weights are packed for the kernels once. Whatever PyTorch counts as a change (an optimiser's step,
     ``load_state_dict``, a replaced parameter or layer) is noticed in the next call. Writes past it (``weight.data``,
     NumPy) are looked for as closely as costs at most two percent: every value is compared in networks of up to 4 MB
-    and in calls of 2048 queries or more (on a GPU in :meth:`prepare`), every row in :meth:`prepare`, and one row
+    and in calls of 4096 queries or more (on a GPU in :meth:`prepare`), every row in :meth:`prepare`, and one row
     of 32 in smaller calls, which notices what changes whole matrices (averages of weights). Write under
     ``torch.no_grad()`` instead, ``weight[i, j] = x``, and nothing has to be looked for.
 

@@ -25,7 +25,7 @@ from ..ops.primitives import LAYER_NORM_EPS
 Nested = TypeVar("Nested")
 
 # Where reading every weight costs at most two percent of a call: queries, or bytes of all weights.
-EVERY_VALUE_QUERIES = 2048
+EVERY_VALUE_QUERIES = 4096
 EVERY_VALUE_BYTES = 4 << 20
 # Bytes of tensors that PyTorch is given at once for a checksum.
 CHECKSUM_BYTES = 16 << 20
