@@ -368,7 +368,7 @@ def test_pretrained_weights_out_of_reach(monkeypatch):
         raise OSError("no network\nand a long story")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(InputError, match=r"vit_small_plus.*\(no network\).*backbone=PATH"):
+    with pytest.raises(InputError, match=r"vit_small_plus.*\(no network\).*backbone_weights=PATH"):
         Backbone.create(ViTUpConfig.preset("tiny"), pretrained=True)
 
 

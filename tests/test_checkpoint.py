@@ -20,7 +20,7 @@ from vitup_fast.errors import CheckpointError, InputError
 from vitup_fast.network.backbone import Backbone
 from vitup_fast.network.checkpoint import (
     attach_lora,
-    dinov3_to_timm,
+    timm_names,
     load_backbone,
     load_strict,
     merge_lora,
@@ -268,7 +268,7 @@ def test_load_backbone(base, prefix, tmp_path):
 
 def test_biases_that_the_model_lacks(base):
     without = tiny_backbone(qkv_bias=False)
-    with pytest.raises(CheckpointError, match=r"layer\.0\.attention\.[qv]_proj\.bias is not zero"):
+    with pytest.raises(CheckpointError, match=r"the [qv] bias of layer\.0 is not zero"):
         load_backbone(without, base)
     zero = {
         n: torch.zeros_like(t) if n.endswith(("q_proj.bias", "v_proj.bias")) else t for n, t in base.items()
@@ -276,7 +276,7 @@ def test_biases_that_the_model_lacks(base):
     load_backbone(without, zero)
     key_bias = {"layer.2.attention.k_proj.bias": torch.zeros(64)}
     load_backbone(tiny_backbone(), base | key_bias)
-    with pytest.raises(CheckpointError, match=r"layer\.2\.attention\.k_proj\.bias is not zero"):
+    with pytest.raises(CheckpointError, match=r"the k bias of layer\.2 is not zero"):
         load_backbone(tiny_backbone(), base | {name: t + 1 for name, t in key_bias.items()})
 
 
@@ -294,7 +294,7 @@ def test_backbone_weights_that_do_not_fit(base, lora):
     without = lambda *names: {name: t for name, t in base.items() if name not in names}  # noqa: E731
     key = "layer.1.attention.k_proj.weight"
     for tensors, message in [
-        (without(key), rf"missing \({key}\)"),
+        (without(key), r"missing \(k weight of layer.1\)"),
         (without("norm.bias"), r"1 missing \(norm.bias\)"),
         (without("layer.0.attention.q_proj.bias"), r"1 missing \(blocks.0.attn.q_bias\)"),
         (base | {"head.weight": torch.ones(2)}, r"1 unexpected \(head.weight\)"),
@@ -306,7 +306,7 @@ def test_backbone_weights_that_do_not_fit(base, lora):
         with pytest.raises(CheckpointError, match=message):
             load_backbone(backbone, tensors)
     assert "embeddings.mask_token" in base
-    assert not any("mask" in name for name in dinov3_to_timm(base, backbone.model))
+    assert not any("mask" in name for name in timm_names(base, backbone.model))
     attach_lora(backbone, lora)
     with pytest.raises(InputError, match="without adapters"):
         load_backbone(backbone, base)
@@ -660,8 +660,8 @@ def test_arguments_that_are_no_paths(path):
     if path is not None:
         with pytest.raises(InputError, match="weights: expected the path of a file"):
             load("tiny", weights=path)
-        with pytest.raises(InputError, match="backbone: expected the path of a file"):
-            load("tiny", weights="random", backbone=path)
+        with pytest.raises(InputError, match="backbone_weights: expected the path of a file"):
+            load("tiny", weights="random", backbone_weights=path)
 
 
 @pytest.mark.parametrize("use", [merge_lora, attach_lora])

@@ -169,7 +169,7 @@ def test_wrong_images(photo, tmp_path, capsys):
         (["--model", "giant"], "invalid choice: 'giant'"),
         (["--device", "abacus"], "device: expected a torch device"),
         (["--save", "jpeg"], "invalid choice: 'jpeg'"),
-        (["--backbone", "gone.safetensors"], "gone.safetensors: no such file"),
+        (["--backbone-weights", "gone.safetensors"], "gone.safetensors: no such file"),
     ],
 )
 def test_wrong_arguments(photo, tmp_path, capsys, arguments, message):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from .errors import InputError, brief, expected, require
 from .heads import Head
 from .images import normalise
-from .network.backbone import Backbone, plain_defaults
+from .network.backbone import Backbone, config_for, plain_defaults
 from .network.checkpoint import (
     PublishedTensors,
+    attach_lora,
     check_finite,
     checkpoint_path,
     load_backbone,
@@ -44,6 +45,7 @@ RANDOM_UPDATE = 0.05
 PRESET_OF = {
     "vit_up_dinov3_splus": "dinov3_splus",
     "vit_up_dinov3_base": "dinov3_base",
+    "vit_up_dinov2_small": "dinov2_small",
     "vit_up_tiny": "tiny",
 }
 ALIASES = {
@@ -51,6 +53,7 @@ ALIASES = {
     "dinov3_splus": "vit_up_dinov3_splus",
     "base": "vit_up_dinov3_base",
     "dinov3_base": "vit_up_dinov3_base",
+    "dinov2_small": "vit_up_dinov2_small",
     "tiny": "vit_up_tiny",
 }
 
@@ -127,6 +130,70 @@ class Upsampler(nn.Module):
         self.query_chunk_size, self.max_memory = check_budget(query_chunk_size, max_memory)
         self._names = {"model_name": model_name, "weights": weights}
         self._current: _CurrentImages | None = None
+
+    @classmethod
+    def create(
+        cls,
+        backbone: str,
+        depths: Iterable[int] | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        backbone_weights: str | os.PathLike[str] | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        hidden_layer_img_size: int | tuple[int, int] | None = None,
+        query_chunk_size: int | None = None,
+        max_memory: int | None = None,
+        backbone_options: Mapping[str, object] | None = None,
+    ) -> Upsampler:
+        """Make a network for any timm vision transformer, ready to be trained: the backbone alone is frozen.
+
+        Width, heads, patch size, prefix tokens, mean and deviation are found out.
+
+        Args:
+            backbone: name of a timm model, or ``"hf-hub:owner/name"``.
+            depths: backbone depths to read, ascending from 0; None means seven, evenly spread.
+            weights: None leaves the network as initialised from PyTorch's generator; a path reads a ViT-Up file.
+            backbone_weights: None lets timm fetch its published weights; a path reads a file of the backbone as
+                :func:`load` does; ``"random"`` leaves it as initialised.
+            device: None takes a GPU if there is one.
+            dtype: of all parameters.
+            hidden_layer_img_size: see :class:`Upsampler`; None means the multiple of the patch size closest to 448.
+            query_chunk_size: see :class:`Upsampler`.
+            max_memory: see :class:`Upsampler`.
+            backbone_options: keyword arguments for ``timm.create_model`` beyond the name.
+
+        Raises:
+            WeightsUnavailableError: published backbone weights cannot be fetched.
+            CheckpointError: a file cannot be read, or does not fit.
+            InputError: an argument that does not fit.
+            MissingPackageError: an optional package is needed.
+        """
+        _check_dtype(dtype)
+        device = _usable_device(device)
+        options = tuple((backbone_options or {}).items())
+        config = config_for(backbone, depths, backbone_options=options)
+        published = PublishedTensors({}, {}, {})
+        if weights is not None:
+            weights = checkpoint_path("weights", weights)
+            published = split_published(read_tensors(weights))
+        with plain_defaults():
+            network = ViTUp(config)
+            if weights is not None:
+                load_strict(network, published.vit_up, brief(weights, 300))
+            vit = _load_vit(config, _backbone_source(backbone_weights), published)
+            if published.lora:
+                attach_lora(vit, published.lora)
+            else:
+                vit.requires_grad_(False)
+            upsampler = cls(
+                network,
+                vit,
+                hidden_layer_img_size=hidden_layer_img_size,
+                query_chunk_size=query_chunk_size,
+                max_memory=max_memory,
+                weights="none" if weights is None else str(weights),
+            )
+            return upsampler.to(device, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave images out: files and other processes get the model alone."""
@@ -363,7 +430,7 @@ class Upsampler(nn.Module):
 def load(
     model: str = "vit_up_dinov3_splus",
     weights: str | os.PathLike[str] | None = None,
-    backbone: str | os.PathLike[str] | None = None,
+    backbone_weights: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     hidden_layer_img_size: int | tuple[int, int] | None = None,
@@ -380,8 +447,9 @@ def load(
         weights: None fetches the published file from the Hugging Face hub (``HF_HUB_OFFLINE=1`` restricts that
             to its cache); a path reads a published safetensors file or a training checkpoint; ``"random"`` makes
             a seeded random network, for trying things out, and warns about it.
-        backbone: None uses the backbone inside a training checkpoint, or lets timm fetch its published weights;
-            a path reads public DINOv3 safetensors or a timm state dict.
+        backbone_weights: None uses the backbone inside a training checkpoint, or lets timm fetch its published
+            weights; a path reads public DINOv3 or DINOv2 weights (safetensors, a torch checkpoint, ONNX) or a timm
+            state dict; ``"random"`` leaves the backbone as initialised.
         device: None takes a GPU if there is one.
         dtype: None means bfloat16 on a GPU and float32 on a CPU. Coordinates stay float32 in any case.
         hidden_layer_img_size: see :class:`Upsampler`; None means 448, as published.
@@ -398,13 +466,12 @@ def load(
     name = ALIASES.get(model, model) if isinstance(model, str) else None
     if name not in PRESET_OF:
         raise expected("model", f"one of {sorted((*PRESET_OF, *ALIASES))}", repr(model))
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FEATURE_DTYPES):
-        raise expected("dtype", "a floating torch.dtype of 16, 32 or 64 bits", repr(dtype))
+    if dtype is not None:
+        _check_dtype(dtype)
     random = isinstance(weights, str) and weights == "random"
     if weights is not None and not random:
         weights = checkpoint_path("weights", weights)
-    if backbone is not None:
-        backbone = checkpoint_path("backbone", backbone)
+    backbone_weights = _backbone_source(backbone_weights)
     device = _usable_device(device)
     query_chunk_size, max_memory = check_budget(query_chunk_size, max_memory)
     if dtype is None:
@@ -414,8 +481,8 @@ def load(
     with plain_defaults():
         if random:
             network, vit = seeded_network(config)
-            if backbone is not None:
-                load_backbone(vit, backbone)
+            if isinstance(backbone_weights, Path):
+                load_backbone(vit, backbone_weights)
             warnings.warn(
                 f"{name}: these are seeded random weights, good for trying the library out; the features mean nothing.",
                 stacklevel=2,
@@ -425,7 +492,7 @@ def load(
             published = split_published(read_tensors(path))
             network = ViTUp(config)
             load_strict(network, published.vit_up, brief(path, 300))
-            vit = _load_vit(config, backbone, published)
+            vit = _load_vit(config, backbone_weights, published)
             if published.lora:
                 merge_lora(vit, published.lora)
         upsampler = Upsampler(
@@ -440,6 +507,19 @@ def load(
         upsampler = upsampler.to(device, dtype).eval().requires_grad_(False)
         check_finite(upsampler.state_dict(), f"weights as {dtype}")
     return upsampler
+
+
+def _check_dtype(dtype: object) -> None:
+    """Refuse what is no dtype of a network."""
+    if not isinstance(dtype, torch.dtype) or dtype not in FEATURE_DTYPES:
+        raise expected("dtype", "a floating torch.dtype of 16, 32 or 64 bits", repr(dtype))
+
+
+def _backbone_source(backbone_weights: object) -> Path | str | None:
+    """Return the path that the argument names, or "random", or None."""
+    if backbone_weights is None or (isinstance(backbone_weights, str) and backbone_weights == "random"):
+        return backbone_weights
+    return checkpoint_path("backbone_weights", backbone_weights)
 
 
 def _usable_device(device: str | torch.device | int | None) -> torch.device:
@@ -490,10 +570,12 @@ def _fetch(name: str, revision: str) -> Path:
 
 
 def _load_vit(
-    config: ViTUpConfig, backbone: str | os.PathLike[str] | None, published: PublishedTensors
+    config: ViTUpConfig, backbone_weights: Path | str | None, published: PublishedTensors
 ) -> Backbone:
-    """Build the backbone from a file, from the checkpoint itself, or from timm's published weights."""
-    source = backbone if backbone is not None else (published.backbone or None)
+    """Build the backbone from a file, from the checkpoint itself, from timm's published weights, or at random."""
+    if backbone_weights == "random":
+        return Backbone.create(config)
+    source = backbone_weights or published.backbone or None
     if source is None:
         try:
             return Backbone.create(config, pretrained=True)

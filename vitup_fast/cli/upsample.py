@@ -44,7 +44,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--model", default="splus", choices=sorted({*PRESET_OF, *ALIASES}), metavar="NAME")
     parser.add_argument("--weights", help="checkpoint file, or 'random' (published weights from the hub)")
-    parser.add_argument("--backbone", help="backbone file (published weights from the hub)")
+    parser.add_argument("--backbone-weights", help="backbone file (published weights from the hub)")
+    parser.add_argument("--backbone", dest="backbone_weights", help=argparse.SUPPRESS)
     parser.add_argument(
         "--save", default="npy", choices=("npy", "safetensors"), help="format of the features"
     )
@@ -172,7 +173,7 @@ def _check_memory(
 def _load(args: argparse.Namespace) -> Upsampler:
     """Load the model, with random weights as the last resort if that is wanted."""
     options = {
-        "backbone": args.backbone,
+        "backbone_weights": args.backbone_weights,
         "device": args.device,
         "dtype": DTYPES.get(args.dtype),
         "hidden_layer_img_size": tuple(args.hidden_layer_img_size) if args.hidden_layer_img_size else None,

@@ -69,19 +69,8 @@ class Backbone(nn.Module):
         """
         if config.backbone is None:
             raise expected("config.backbone", "the name of a timm model", None)
-        timm = require("timm", "timm", "building a backbone")
-        options = {"num_classes": 0, "dynamic_img_size": True, **dict(config.backbone_options)}
-        try:
-            with plain_defaults():
-                model = timm.create_model(config.backbone, pretrained=pretrained, **options)
-        except Exception as error:
-            reason = brief(str(error).partition("\n")[0], 300) or type(error).__name__
-            if pretrained:
-                raise InputError(
-                    f"backbone: timm could not get the pretrained weights of {config.backbone!r} ({reason}); "
-                    "pass a local file instead: backbone=PATH."
-                ) from error
-            raise InputError(f"backbone: timm could not build {config.backbone!r} ({reason}).") from error
+        with plain_defaults():
+            model = _timm_model(config.backbone, config.backbone_options, pretrained)
         return cls(model, config.layer_indices).to(torch.get_default_device(), torch.get_default_dtype())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -335,6 +324,59 @@ class Backbone(nn.Module):
             raise expected("images", f"device {device} like the backbone", images.device)
 
 
+def config_for(
+    backbone: str,
+    depths: Iterable[int] | None = None,
+    *,
+    backbone_options: Iterable[tuple[str, object]] = (),
+    hidden_layer_img_size: int | None = None,
+    patch_grid_density: int = 8,
+) -> ViTUpConfig:
+    """Find out the configuration of a network for a timm vision transformer.
+
+    Args:
+        backbone: name of a timm model, or ``"hf-hub:owner/name"``.
+        depths: backbone depths to read, ascending from 0; None means seven, evenly spread.
+        backbone_options: keyword arguments for ``timm.create_model`` beyond the name.
+        hidden_layer_img_size: see :class:`ViTUpConfig`; None means the multiple of the patch size closest to 448.
+        patch_grid_density: see :class:`ViTUpConfig`.
+
+    Returns:
+        The configuration, as wide as the backbone and with as many heads.
+
+    Raises:
+        InputError: timm cannot build the model, it is no vision transformer that :class:`Backbone` takes, or an
+            argument does not fit it.
+        MissingPackageError: timm is not installed.
+
+    """
+    if not isinstance(backbone, str) or not backbone.strip():
+        raise expected("backbone", "the name of a timm model", repr(backbone))
+    options = tuple(backbone_options)
+    with plain_defaults(), torch.device("meta"):
+        model = Backbone(_timm_model(backbone, options, pretrained=False), (0,))
+    last = len(model.model.blocks)
+    if depths is None:
+        depths = sorted({round(i * last / 6) for i in range(7)})
+    if hidden_layer_img_size is None:
+        hidden_layer_img_size = max(1, round(448 / model.patch_size)) * model.patch_size
+    num_heads = getattr(getattr(model.model.blocks[0], "attn", None), "num_heads", None)
+    if num_heads is None:
+        raise expected("backbone", "attention that tells its number of heads", backbone)
+    config = ViTUpConfig(
+        dim=model.dim,
+        num_heads=num_heads,
+        layer_indices=depths,
+        backbone=backbone,
+        backbone_options=options,
+        hidden_layer_img_size=hidden_layer_img_size,
+        patch_grid_density=patch_grid_density,
+    )
+    if config.layer_indices[-1] > last:
+        raise expected("depths", f"depths from 0 to {last}, the last of {backbone}", config.layer_indices)
+    return config
+
+
 class LoRA(nn.Module):
     """Low-rank update ``weight + scaling * B A`` of a weight whose rows come in equal named parts (q, k, v).
 
@@ -412,6 +454,22 @@ def check_scaling(scaling: object) -> float:
     if not isinstance(scaling, Real) or not math.isfinite(scaling):
         raise expected("scaling", "a finite number", repr(scaling))
     return float(scaling)
+
+
+def _timm_model(name: str, options: Iterable[tuple[str, object]], pretrained: bool) -> nn.Module:
+    """Build a timm model without its classifier, for images of any size."""
+    timm = require("timm", "timm", "building a backbone")
+    options = {"num_classes": 0, "dynamic_img_size": True, **dict(options)}
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except Exception as error:
+        reason = brief(str(error).partition("\n")[0], 300) or type(error).__name__
+        if pretrained:
+            raise InputError(
+                f"backbone: timm could not get the pretrained weights of {name!r} ({reason}); "
+                "pass a local file instead: backbone_weights=PATH."
+            ) from error
+        raise InputError(f"backbone: timm could not build {name!r} ({reason}).") from error
 
 
 @contextmanager

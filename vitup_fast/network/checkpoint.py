@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import re
@@ -38,7 +39,11 @@ _OLD_NAMES = (
     (r"global_local_cross_attention\.(\d+)\.", r"vit_up_blocks.\1."),
 )
 _LORA_NAME = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-_QKV_NAME = re.compile(r"layer\.(\d+)\.attention\.([qkv])_proj\.(weight|bias)")
+_QKV_NAME = re.compile(
+    r"(?:encoder\.)?layer\.(\d+)\.attention\.(?:attention\.)?(q|k|v|query|key|value)(?:_proj)?\.(weight|bias)"
+)
+_DINOV2_NAME = re.compile(r"(.*?)embeddings\.patch_embeddings\.projection\.weight")
+_SWIGLU_NAME = (r"\.mlp\.w(12|3)\.", lambda match: {"12": ".mlp.fc1.", "3": ".mlp.fc2."}[match[1]])
 _WIDTH_NAMES = ("decoder_mlp.0.mlp.0.weight", "norm.weight")
 
 
@@ -73,7 +78,7 @@ def checkpoint_path(argument: str, path: str | bytes | os.PathLike[str]) -> Path
 
 
 def read_tensors(path: str | bytes | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the tensors of a ``.safetensors`` file, or of a torch checkpoint, onto the CPU.
+    """Read the tensors of a ``.safetensors`` or ``.onnx`` file, or of a torch checkpoint, onto the CPU.
 
     A ``{"state_dict": ...}`` around the tensors is opened and what lies beside it is left alone. Code inside
     a torch checkpoint never runs (``weights_only=True``). The tensors may be mapped from the file: do not
@@ -82,7 +87,7 @@ def read_tensors(path: str | bytes | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing, empty, damaged, or holds anything but named tensors with values.
         InputError: ``path`` is no path.
-        MissingPackageError: safetensors is needed and not installed.
+        MissingPackageError: safetensors or onnx is needed and not installed.
 
     """
     path = checkpoint_path("path", path)
@@ -101,7 +106,9 @@ def read_tensors(path: str | bytes | os.PathLike[str]) -> dict[str, Tensor]:
     if not status.st_size:
         raise CheckpointError(f"{shown}: the file is empty.")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".onnx":
+            content = _read_onnx(path)
+        elif path.suffix == ".safetensors":
             content = require("safetensors.torch", "timm", "reading .safetensors files").load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -190,55 +197,58 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
         )
 
 
-def dinov3_to_timm(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename public DINOv3 tensors for a timm Eva model; timm's own names pass through.
+def timm_names(
+    tensors: Mapping[str, Tensor], model: nn.Module, source: str = "backbone"
+) -> dict[str, Tensor]:
+    """Give the tensors of a backbone file the names that timm's model of it has.
 
     Args:
-        tensors: under the public names, with or without a leading ``model.`` or ``dinov3_vit.``.
+        tensors: under the public names of DINOv3 or DINOv2 (Hugging Face's ``Dinov2Model``), whatever stands before
+            them, or under timm's or the DINOv2 authors' names.
         model: the timm model; one without q and v biases takes zero biases only.
+        source: where the tensors come from, for the message.
 
     Returns:
         The tensors under timm's names, q, k and v fused.
 
     Raises:
-        CheckpointError: a name is unknown or doubled, q, k or v is missing, or a nonzero bias has no place.
+        CheckpointError: the tensors belong to another model, a name is unknown or doubled, q, k or v is missing, or a
+            nonzero bias has no place.
 
     """
-    tensors = _named_tensors(tensors, "backbone")
-    if any(name.startswith(("blocks.", "patch_embed.")) for name in tensors):
-        return dict(tensors)
-    public: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name = _public_name(key)
-        if name in public:
-            raise CheckpointError(f"backbone: {brief(name)!r} is there twice, with and without a prefix.")
-        public[name] = tensor
-    public.pop("embeddings.mask_token", None)
-
+    tensors = _named_tensors(tensors, source)
     own = model.state_dict()
-    largest = max(t.numel() for t in own.values())
-    gated = any(".mlp.gate_proj." in name for name in public)
     renamed: dict[str, Tensor] = {}
-    projections: dict[tuple[str, str], Tensor] = {}
+    projections: dict[tuple[str, str, str], Tensor] = {}
     unknown = []
-    for name, tensor in public.items():
-        if match := _QKV_NAME.fullmatch(name):
-            layer, part, kind = match.groups()
-            bias = f"blocks.{layer}.attn.{part}_bias"
-            if kind == "weight":
-                projections[layer, part] = tensor
-            elif bias in own:
-                renamed[bias] = tensor
-            elif tensor.dtype not in FEATURE_DTYPES or tensor.numel() > largest or tensor.count_nonzero():
-                what = "not zero" if tensor.dtype in FEATURE_DTYPES else tensor.dtype
-                raise CheckpointError(f"backbone: {name} is {what}, and the model has no {bias}.")
-        elif target := _timm_name(name, gated):
-            renamed[target] = tensor
-        else:
-            unknown.append(name)
+    if any(name.startswith(("blocks.", "patch_embed.")) for name in tensors):
+        renamed = {re.sub(*_SWIGLU_NAME, name): t for name, t in tensors.items() if name != "mask_token"}
+        if "register_tokens" in renamed:
+            renamed["reg_token"] = renamed.pop("register_tokens")
+    else:
+        public = _public_names(tensors, source)
+        gated = any(".mlp.gate_proj." in name for name in public)
+        for name, tensor in public.items():
+            if match := _QKV_NAME.fullmatch(name):
+                layer, part, kind = match.groups()
+                projections[layer, part[0], kind] = tensor
+            elif target := _timm_name(name, gated):
+                renamed[target] = tensor
+            else:
+                unknown.append(name)
+    _check_identity(renamed, own, {layer for layer, _, _ in projections}, source)
     if unknown:
-        raise CheckpointError(f"backbone: not DINOv3 weights: {_listing('unexpected', unknown)}.")
-    return renamed | _fused_projections(projections, own)
+        raise CheckpointError(
+            f"{source}: not weights of DINOv3 or DINOv2: {_listing('unexpected', unknown)}."
+        )
+    if "reg_token" in own and "pos_embed" in own and "cls_token" in renamed and "pos_embed" in renamed:
+        table, wanted = renamed["pos_embed"], own["pos_embed"].shape
+        if (
+            table.ndim == 3 and table.shape[1] == wanted[1] + 1
+        ):  # timm adds the class token's position beforehand
+            renamed["cls_token"] = renamed["cls_token"] + table[:, :1]
+            renamed["pos_embed"] = table[:, 1:]
+    return renamed | _fused_projections(projections, own, source)
 
 
 def load_backbone(backbone: Backbone, source: str | bytes | os.PathLike[str] | Mapping[str, Tensor]) -> None:
@@ -246,7 +256,8 @@ def load_backbone(backbone: Backbone, source: str | bytes | os.PathLike[str] | M
 
     Args:
         backbone: the backbone to fill.
-        source: a file, or tensors; under the public DINOv3 names or under timm's.
+        source: a file (safetensors, a torch checkpoint, or ONNX), or tensors; under the names that :func:`timm_names`
+            knows.
 
     Raises:
         CheckpointError: the file cannot be read or its tensors do not fit.
@@ -257,7 +268,7 @@ def load_backbone(backbone: Backbone, source: str | bytes | os.PathLike[str] | M
         raise expected("backbone", "a model without adapters", "one with", "Load its weights first.")
     tensors = source if isinstance(source, Mapping) else read_tensors(source)
     name = "backbone" if isinstance(source, Mapping) else brief(os.fsdecode(source), 300)
-    load_strict(backbone.model, dinov3_to_timm(tensors, backbone.model), name)
+    load_strict(backbone.model, timm_names(tensors, backbone.model, name), name)
 
 
 def merge_lora(
@@ -334,20 +345,43 @@ def _public_name(key: str) -> str:
     return key.removeprefix("dinov3_vit.").removeprefix("model.")
 
 
+def _public_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return the tensors of the backbone in a file, without what stands before their names.
+
+    A model around a DINOv2 backbone has a decoder or classifier beside it, which is left out.
+    """
+    embedding = next((match for name in tensors if (match := _DINOV2_NAME.fullmatch(name))), None)
+    public: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if embedding and not key.startswith(embedding[1]):
+            continue
+        name = key.removeprefix(embedding[1]) if embedding else _public_name(key)
+        if name in public:
+            raise CheckpointError(f"{source}: {brief(name)!r} is there twice, with and without a prefix.")
+        public[name] = tensor
+    public.pop("embeddings.mask_token", None)
+    return public
+
+
 def _timm_name(name: str, gated: bool) -> str | None:
-    """Return timm's name of a public DINOv3 tensor other than q, k and v; None for an unknown one."""
+    """Return timm's name of a public tensor other than q, k and v; None for an unknown one."""
     up = "fc1_x" if gated else "fc1"
     rules = (
         (r"embeddings\.cls_token", "cls_token"),
         (r"embeddings\.register_tokens", "reg_token"),
-        (r"embeddings\.patch_embeddings\.(weight|bias)", r"patch_embed.proj.\1"),
-        (r"norm\.(weight|bias)", r"norm.\1"),
-        (r"layer\.(\d+)\.(norm[12]\.(?:weight|bias))", r"blocks.\1.\2"),
+        (r"embeddings\.position_embeddings", "pos_embed"),
+        (r"embeddings\.patch_embeddings\.(?:projection\.)?(weight|bias)", r"patch_embed.proj.\1"),
+        (r"(?:layer)?norm\.(weight|bias)", r"norm.\1"),
+        (r"(?:encoder\.)?layer\.(\d+)\.(norm[12]\.(?:weight|bias))", r"blocks.\1.\2"),
         (r"layer\.(\d+)\.attention\.o_proj\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
+        (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
         (r"layer\.(\d+)\.layer_scale([12])\.lambda1", r"blocks.\1.gamma_\2"),
+        (r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
         (r"layer\.(\d+)\.mlp\.gate_proj\.(weight|bias)", r"blocks.\1.mlp.fc1_g.\2"),
         (r"layer\.(\d+)\.mlp\.up_proj\.(weight|bias)", rf"blocks.\1.mlp.{up}.\2"),
         (r"layer\.(\d+)\.mlp\.down_proj\.(weight|bias)", r"blocks.\1.mlp.fc2.\2"),
+        (r"encoder\.layer\.(\d+)\.mlp\.(?:fc1|weights_in)\.(weight|bias)", r"blocks.\1.mlp.fc1.\2"),
+        (r"encoder\.layer\.(\d+)\.mlp\.(?:fc2|weights_out)\.(weight|bias)", r"blocks.\1.mlp.fc2.\2"),
     )
     for public, timm in rules:
         if match := re.fullmatch(public, name):
@@ -355,30 +389,122 @@ def _timm_name(name: str, gated: bool) -> str | None:
     return None
 
 
+def _check_identity(
+    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], layers: Iterable[str], source: str
+) -> None:
+    """Say that a file holds another model than the one to fill, by what tells vision transformers apart.
+
+    Args:
+        tensors: of the file, under timm's names.
+        own: of the model.
+        layers: numbers of further blocks in the file.
+        source: of the tensors, for the message.
+    """
+    there, wanted = _identity(tensors, layers), _identity(own)
+    differing = [trait for trait, value in there.items() if value is not None and value != wanted[trait]]
+    if differing:
+        shown = dict.fromkeys((*("patch", "width", "blocks"), *differing))
+        holds, has = (", ".join(f"{trait} {traits[trait]}" for trait in shown) for traits in (there, wanted))
+        remedy = ""
+        if differing == ["position table"]:
+            remedy = " Build the model for the image size of that table (timm's img_size)."
+        raise CheckpointError(f"{source}: holds another model ({holds}) than the backbone ({has}).{remedy}")
+
+
+def _identity(tensors: Mapping[str, Tensor], layers: Iterable[str] = ()) -> dict[str, object]:
+    """Return what tells vision transformers apart; None where the tensors do not say."""
+
+    def size(name: str, axis: int, ndim: int, absent: object = None) -> object:
+        """Return the size of one axis of a tensor."""
+        if name not in tensors:
+            return absent
+        return tensors[name].shape[axis] if tensors[name].ndim == ndim else None
+
+    names = [name.split(".") for name in tensors if re.match(r"blocks\.\d+\.", name)]
+    blocks = {int(segments[1]) for segments in names} | set(map(int, layers))
+    table = size("pos_embed", 1, 3)
+    return {
+        "patch": size("patch_embed.proj.weight", -1, 4),
+        "width": size("patch_embed.proj.weight", 0, 4),
+        "blocks": len(blocks) or None,
+        "MLP width": size("blocks.0.mlp.fc2.weight", 1, 2),
+        "register tokens": size("reg_token", 1, 3, 0),
+        "position table": None if table is None else f"{math.isqrt(table)} x {math.isqrt(table)}",
+    }
+
+
 def _fused_projections(
-    projections: Mapping[tuple[str, str], Tensor], own: Mapping[str, Tensor]
+    projections: Mapping[tuple[str, str, str], Tensor], own: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
-    """Stack q, k and v of every layer, or say which one is missing or different."""
+    """Stack q, k and v of every layer, or say which one is missing or different.
+
+    Args:
+        projections: by layer, part ("q", "k" or "v") and kind ("weight" or "bias").
+        own: the model's tensors.
+        source: of the tensors, for the message.
+    """
     fused = {}
-    for layer in dict.fromkeys(layer for layer, _ in projections):
-        names = [f"layer.{layer}.attention.{part}_proj.weight" for part in "qkv"]
-        parts = [projections.get((layer, part)) for part in "qkv"]
-        missing = [name for name, part in zip(names, parts, strict=True) if part is None]
+    largest = max(t.numel() for t in own.values())
+    for layer, kind in dict.fromkeys((layer, kind) for layer, _, kind in projections):
+        name = f"blocks.{layer}.attn.qkv.{kind}"
+        present = {part: t for part in "qkv" if (t := projections.get((layer, part, kind))) is not None}
+        if kind == "bias" and name not in own:
+            for part, tensor in present.items():
+                bias = f"blocks.{layer}.attn.{part}_bias"
+                if bias in own and part != "k":
+                    fused[bias] = tensor
+                elif tensor.dtype not in FEATURE_DTYPES or tensor.numel() > largest or tensor.count_nonzero():
+                    what = "not zero" if tensor.dtype in FEATURE_DTYPES else tensor.dtype
+                    raise CheckpointError(
+                        f"{source}: the {part} bias of layer.{layer} is {what}, and the model has no {bias}."
+                    )
+            continue
+        missing = [f"{part} {kind} of layer.{layer}" for part in "qkv" if part not in present]
         if missing:
-            raise CheckpointError(f"backbone: {_listing('missing', missing)}.")
-        name = f"blocks.{layer}.attn.qkv.weight"
+            raise CheckpointError(f"{source}: {_listing('missing', missing)}.")
+        parts = list(present.values())
         shapes = ", ".join(_described(part) for part in parts)
         if len({part.shape for part in parts}) > 1:
-            raise CheckpointError(f"backbone: q, k and v of layer.{layer} differ in shape: {shapes}.")
+            raise CheckpointError(f"{source}: q, k and v of layer.{layer} differ in shape: {shapes}.")
         if name not in own:
             fused[name] = parts[0]  # refused by its name
             continue
         rows, *columns = own[name].shape
         shape = (rows // 3, *columns)
         if not all(_alike(part, own[name], shape) for part in parts):
-            raise CheckpointError(f"backbone: q, k and v of layer.{layer} are {shapes} instead of {shape}.")
-        fused[name] = torch.cat(parts)  # [3 D, D]
+            raise CheckpointError(f"{source}: q, k and v of layer.{layer} are {shapes} instead of {shape}.")
+        fused[name] = torch.cat(parts)  # [3 D, ...]
     return fused
+
+
+def _read_onnx(path: Path) -> dict[str, Tensor]:
+    """Read the parameters of an ONNX file under their PyTorch names.
+
+    Exporting transposes the matrices of linear layers and takes their names, and cuts position tables in two: a matrix
+    is named after the bias that is added to its product, and the tables are joined.
+    """
+    onnx = require("onnx", "onnx", "reading .onnx files")
+    graph = onnx.load(path).graph
+    tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    added = {}
+    for node in graph.node:
+        if node.op_type == "Add":
+            for product, bias in (node.input, reversed(node.input)):
+                added[product] = bias
+    for node in graph.node:
+        bias = added.get(node.output[0], "") if node.op_type == "MatMul" else ""
+        name = f"{bias.removesuffix('bias')}weight"
+        if bias.endswith(".bias") and bias in tensors and node.input[1] in tensors and name not in tensors:
+            tensors[name] = tensors[node.input[1]].T.contiguous()  # [out, in]
+    named = {name: tensor for name, tensor in tensors.items() if "::" not in name}
+    if embedding := next((match for name in named if (match := _DINOV2_NAME.fullmatch(name))), None):
+        table = f"{embedding[1]}embeddings.position_embeddings"
+        width = len(named[embedding[0]])
+        anonymous = [t for name, t in tensors.items() if "::" in name and t.ndim == 3]
+        halves = sorted((t for t in anonymous if t.shape[::2] == (1, width)), key=lambda half: half.shape[1])
+        if table not in named and len(halves) == 2:
+            named[table] = torch.cat(halves, dim=1)  # [1, 1 + h w, D]
+    return named
 
 
 def _matched_adapters(

@@ -79,7 +79,7 @@ class ViTUpConfig:
 
     @classmethod
     def preset(cls, name: str) -> ViTUpConfig:
-        """Return a published configuration: ``"dinov3_splus"``, ``"dinov3_base"``, or ``"tiny"`` for tests.
+        """Return a configuration: the published ``"dinov3_splus"`` and ``"dinov3_base"``, ``"dinov2_small"``, or ``"tiny"``.
 
         Raises:
             InputError: the name is unknown.
@@ -101,6 +101,13 @@ PRESETS = {
         num_heads=12,
         layer_indices=(0, 2, 4, 6, 8, 10, 12),
         backbone="vit_base_patch16_dinov3_qkvb",
+    ),
+    "dinov2_small": ViTUpConfig(
+        dim=384,
+        num_heads=6,
+        layer_indices=(0, 4, 8, 12),
+        backbone="vit_small_patch14_dinov2",
+        backbone_options=(("img_size", 518),),
     ),
     "tiny": ViTUpConfig(
         dim=64,
