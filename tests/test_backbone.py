@@ -255,10 +255,10 @@ def test_hidden_states_and_patch_grid_with_learned_positions(name, patch):
         got = Backbone(model, (0, 1, 2, 3)).hidden_states(images, size)
         for a, b in zip(got, want, strict=True):
             assert a.shape == (2, 3, 5, 32)
-            assert relative_error(a, b) < 1e-12
-        assert relative_error(Backbone(model, (0,)).patch_grid(images, (10, 6)), want_grid) < 1e-12
+            assert relative_error(a, b) < 1e-7  # timm resizes positions in float32
+        assert relative_error(Backbone(model, (0,)).patch_grid(images, (10, 6)), want_grid) < 1e-7
         (second,) = Backbone(model, (2,)).hidden_states(images, size)
-        assert relative_error(second, want[2]) < 1e-12
+        assert relative_error(second, want[2]) < 1e-7
 
 
 def test_hidden_states_stop_at_the_deepest_depth():

@@ -20,12 +20,12 @@ from vitup_fast.errors import CheckpointError, InputError
 from vitup_fast.network.backbone import Backbone
 from vitup_fast.network.checkpoint import (
     attach_lora,
-    timm_names,
     load_backbone,
     load_strict,
     merge_lora,
     read_tensors,
     split_published,
+    timm_names,
 )
 from vitup_fast.network.config import ViTUpConfig
 from vitup_fast.upsampler import seeded_network

@@ -300,12 +300,8 @@ class Backbone(nn.Module):
         model = self.model
         if getattr(model, "pos_embed", None) is not None:
             prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
-            from timm.layers import resample_abs_pos_embed
-
-            positions = resample_abs_pos_embed(
-                model.pos_embed, tokens.shape[1:3], model.patch_embed.grid_size, num_prefix_tokens=prefix
-            )  # [1, prefix + P * Q, D]
-            tokens = tokens + positions[:, prefix:].unflatten(1, tokens.shape[1:3])
+            table = model.pos_embed[0, prefix:].unflatten(0, tuple(model.patch_embed.grid_size))
+            tokens = tokens + _resampled(table, tuple(tokens.shape[1:3]))
         return model.norm_pre(tokens) if hasattr(model, "norm_pre") else tokens
 
     def _check_images(self, images: Tensor) -> None:
@@ -525,6 +521,28 @@ def _sites(model: nn.Module) -> list[LoRASite]:
         sites.append(LoRASite(block.attn.qkv, tuple(f"{attention}{part}_proj" for part in "qkv")))
         sites.append(LoRASite(block.attn.proj, (f"{attention}o_proj",)))
     return sites
+
+
+def _resampled(
+    table: Tensor,  # [R, C, D]
+    size: tuple[int, int],
+) -> Tensor:  # [P, Q, D]
+    """Resize a table of positions as timm does, bicubic with antialiasing, by a small matrix for each axis."""
+    if tuple(table.shape[:2]) == size:
+        return table
+    wide = torch.promote_types(table.dtype, torch.float32)
+    rows, columns = (
+        F.interpolate(
+            torch.eye(source, dtype=torch.float64, device=table.device)[None, None],
+            (target, source),
+            mode="bicubic",
+            antialias=True,
+        )[0, 0].to(wide)  # [target, source]
+        for source, target in zip(table.shape[:2], size, strict=True)
+    )
+    with torch.autocast(table.device.type, enabled=False):
+        across = columns @ table.to(wide)  # [R, Q, D]
+        return (rows @ across.flatten(1)).unflatten(1, across.shape[1:]).to(table.dtype)
 
 
 def _check_model(model: nn.Module) -> None:

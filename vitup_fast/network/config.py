@@ -79,7 +79,7 @@ class ViTUpConfig:
 
     @classmethod
     def preset(cls, name: str) -> ViTUpConfig:
-        """Return a configuration: the published ``"dinov3_splus"`` and ``"dinov3_base"``, ``"dinov2_small"``, or ``"tiny"``.
+        """Return a configuration: ``"dinov3_splus"``, ``"dinov3_base"`` (published), ``"dinov2_small"`` or ``"tiny"``.
 
         Raises:
             InputError: the name is unknown.

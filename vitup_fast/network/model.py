@@ -22,6 +22,8 @@ from .image_cache import ImageCache
 from .layers import Block, Decoder, PositionCode, RotaryFrequencies
 from .weights import Look, NetworkWeights, Snapshot, affordable_look, collect
 
+CHECKPOINTS = ("op", "block")
+
 
 class _Remembered(NamedTuple):
     """A walk, and the weights that it was made of."""
@@ -154,6 +156,7 @@ class ViTUp(nn.Module):
         query_chunk_size: int | None = None,
         max_memory: int | None = None,
         impl: str = "auto",
+        checkpoint: str = "op",
     ) -> Tensor | list[Tensor]:  # [B, N, D]
         """Predict features at continuous coordinates (ViT-Up, arXiv 2606.14024).
 
@@ -166,6 +169,8 @@ class ViTUp(nn.Module):
             query_chunk_size: queries walked through the network at once; the result does not depend on it.
             max_memory: bytes that the pass may use beyond weights, cache and output, instead of a chunk size.
             impl: ``"auto"`` or a name of :func:`vitup_fast.ops.implementations`.
+            checkpoint: what is kept for a backward pass: the inputs of every ``"op"``, or of every ``"block"`` alone,
+                which is computed once more then.
 
         Returns:
             Features in the network's dtype, or the list of L; differentiable unless gradients are disabled.
@@ -177,8 +182,11 @@ class ViTUp(nn.Module):
         check_coords(coords, batch=cache.batch_size)
         if coords.device != self.device:
             raise expected("coords", f"device {self.device} of the network", coords.device)
+        if checkpoint not in CHECKPOINTS:
+            raise expected("checkpoint", f"one of {CHECKPOINTS}", repr(checkpoint))
         options = _Options(return_all_layers, head, labels, impl)
         weights, settings = self._prepare_pass(cache, coords, options)
+        settings = settings._replace(checkpoint=checkpoint)
         count = coords.shape[1]
         if torch.compiler.is_compiling() and query_chunk_size is None and max_memory is None:
             spans, scratch = Spans(count, 1, max(1, count)), None

@@ -89,13 +89,25 @@ def _forward(
     return linear(attended.transpose(1, 2).flatten(-2), out_weight, out_bias, residual=x)
 
 
+def _attend_again(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Attention for the backward pass, and the logarithms of its sums where PyTorch's fused kernel needs them."""
+    if query.device.type == "cpu" and query.numel() and key.numel():
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value), None
+
+
 def _attention_backward(
     grad: Tensor,  # [B, Hh, N, d]
     query: Tensor,  # [B, Hh, N, d]
     key: Tensor,  # [B, Hh, T, d]
     value: Tensor,  # [B, Hh, T, d]
+    attended: Tensor,  # [B, Hh, N, d]
+    log_sums: Tensor | None,  # [B, Hh, N]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``softmax(Q K^T / sqrt(d)) V``, a slice of queries at a time, in float32 or better."""
+    """Gradients of ``softmax(Q K^T / sqrt(d)) V``: by the fused kernel, else in float32, some queries at a time."""
+    if log_sums is not None:
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return fused(grad.contiguous(), query, key, value, attended, log_sums, 0.0, False)
     wide = torch.promote_types(query.dtype, torch.float32)
     grad, query, key, value = (t.to(wide) for t in (grad, query, key, value))
     scale = 1.0 / math.sqrt(query.shape[-1])
@@ -152,12 +164,14 @@ def _backward(
     weights = AttentionWeights(norm_weight, norm_bias, query_weight, query_bias, out_weight, out_bias)
     angles = _angles(x, coords, inv_freq, token_h, token_w)
     query = _rotated_query(x, key, weights, angles)  # [B, Hh, N, d]
-    attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)  # [B, N, D]
+    attended, log_sums = _attend_again(query, key, value)  # [B, Hh, N, d]
     grad_attended, grad_out_weight, grad_out_bias = linear_backward(
-        grad, attended, out_weight, (True, *needs_grad[8:10])
+        grad, attended.transpose(1, 2).flatten(-2), out_weight, (True, *needs_grad[8:10])
     )
     grad_attended = grad_attended.unflatten(-1, (key.shape[1], key.shape[3])).transpose(1, 2)
-    grad_query, grad_key, grad_value = _attention_backward(grad_attended, query, key, value)
+    grad_query, grad_key, grad_value = _attention_backward(
+        grad_attended, query, key, value, attended, log_sums
+    )
     grad_query = grad_query.transpose(1, 2)  # [B, N, Hh, d]
 
     grad_coords = None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..network.image_cache import ImageCache
 from ..network.weights import NetworkWeights, recordable
@@ -73,12 +74,21 @@ class OperatorsWalk(Walk):
             decoded = [decode(query, *decoders[0], impl=impl)] if 0 in decoders else []
             blocks = zip(weights.blocks, images.keys, images.values, images.tokens, tables, strict=True)
             for depth, (block, key, value, tokens, table) in enumerate(blocks, start=1):
-                query = residual_mlp(query, block.transition, impl=impl)
-                attended = (key, value, block.attention, weights.inv_freq, images.token_grid)
-                query = rope_cross_attention(query, coords, *attended, impl=impl)
-                local = (tokens, weights.freqs, block.position, block.film)
-                query = film_mlp(query, coords, *local, table=table, impl=impl)
-                query = residual_mlp(query, block.mlp, impl=impl)
+
+                def advance(
+                    query: Tensor, block=block, key=key, value=value, tokens=tokens, table=table
+                ) -> Tensor:
+                    query = residual_mlp(query, block.transition, impl=impl)
+                    attended = (key, value, block.attention, weights.inv_freq, images.token_grid)
+                    query = rope_cross_attention(query, coords, *attended, impl=impl)
+                    local = (tokens, weights.freqs, block.position, block.film)
+                    query = film_mlp(query, coords, *local, table=table, impl=impl)
+                    return residual_mlp(query, block.mlp, impl=impl)
+
+                if settings.checkpoint == "block" and not settings.in_place:
+                    query = checkpoint(advance, query, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    query = advance(query)
                 if depth in decoders:
                     decoded.append(decode(query, *decoders[depth], impl=impl))
             if out is None:
