@@ -22,7 +22,7 @@ from .image_cache import ImageCache
 from .layers import Block, Decoder, PositionCode, RotaryFrequencies
 from .weights import Look, NetworkWeights, Snapshot, affordable_look, collect
 
-CHECKPOINTS = ("op", "block")
+CHECKPOINTS = ("none", "op", "block")
 
 
 class _Remembered(NamedTuple):
@@ -156,7 +156,7 @@ class ViTUp(nn.Module):
         query_chunk_size: int | None = None,
         max_memory: int | None = None,
         impl: str = "auto",
-        checkpoint: str = "op",
+        checkpoint: str = "none",
     ) -> Tensor | list[Tensor]:  # [B, N, D]
         """Predict features at continuous coordinates (ViT-Up, arXiv 2606.14024).
 
@@ -169,8 +169,8 @@ class ViTUp(nn.Module):
             query_chunk_size: queries walked through the network at once; the result does not depend on it.
             max_memory: bytes that the pass may use beyond weights, cache and output, instead of a chunk size.
             impl: ``"auto"`` or a name of :func:`vitup_fast.ops.implementations`.
-            checkpoint: what is kept for a backward pass: the inputs of every ``"op"``, or of every ``"block"`` alone,
-                which is computed once more then.
+            checkpoint: what is kept for a backward pass: what makes it fastest (``"none"``), the inputs of every
+                ``"op"``, or of every ``"block"`` alone; the rest is computed once more then.
 
         Returns:
             Features in the network's dtype, or the list of L; differentiable unless gradients are disabled.

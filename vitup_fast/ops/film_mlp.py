@@ -261,6 +261,7 @@ _operator = Operator(
     differentiable=16,
     output_shape=lambda x, *_: x.shape,
     torch_kernels=Kernels(_forward, _backward),
+    residual=True,
 )
 
 

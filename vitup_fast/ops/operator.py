@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -36,6 +37,18 @@ class Kernels(NamedTuple):
 
 # Most that a call keeps for its backward pass; a longer one recomputes.
 KEPT_BYTES = 64 << 20
+
+_KEEPS_INPUTS_ALONE: ContextVar[bool] = ContextVar("keeps_inputs_alone", default=False)
+
+
+@contextlib.contextmanager
+def inputs_alone() -> Iterator[None]:
+    """Let operators keep nothing but their inputs for the backward pass, which recomputes the rest."""
+    token = _KEEPS_INPUTS_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _KEEPS_INPUTS_ALONE.reset(token)
 
 
 class Backend(NamedTuple):
@@ -74,6 +87,8 @@ class Operator:
         differentiable: number of leading arguments that gradients may be asked for.
         output_shape: shape of the output from the arguments; its dtype and device are the first argument's.
         torch_kernels: kernels of the implementation ``"torch"``; those of others come from their backends.
+        residual: whether the first argument is only added to the result: no backward pass reads its values, none
+            is kept, and the gradient, of the same shape and dtype, takes its place.
     """
 
     def __init__(
@@ -83,6 +98,7 @@ class Operator:
         differentiable: int,
         output_shape: Callable[..., Sequence[int]],
         torch_kernels: Kernels,
+        residual: bool = False,
     ) -> None:
         qualified = f"{NAMESPACE}::{name}"
         tags = (torch.Tag.pt2_compliant_tag,)
@@ -132,7 +148,8 @@ class Operator:
             kept = output[1]
             ctx.mark_non_differentiable(kept)
             ctx.set_materialize_grads(False)  # or what is kept gets a gradient of zeros
-            ctx.save_for_backward(kept, *(a for a, t in zip(arguments, is_tensor, strict=True) if t))
+            tensors = [a for a, t in zip(arguments, is_tensor, strict=True) if t]
+            ctx.save_for_backward(kept, *tensors[1 if residual else 0 :])
             ctx.others = [None if t else a for a, t in zip(arguments, is_tensor, strict=True)]
             ctx.is_tensor, ctx.impl = is_tensor, impl
 
@@ -145,7 +162,7 @@ class Operator:
                     "torch.func.jacrev or torch.func.vjp."
                 )
             kept, *tensors = ctx.saved_tensors
-            saved = iter(tensors)
+            saved = iter((grad, *tensors) if residual else tensors)
             arguments = [
                 next(saved) if t else other for t, other in zip(ctx.is_tensor, ctx.others, strict=True)
             ]
@@ -187,6 +204,7 @@ class Operator:
         keep = (
             kept_bytes is not None
             and torch.is_grad_enabled()
+            and (torch.compiler.is_compiling() or not _KEEPS_INPUTS_ALONE.get())
             and any(isinstance(a, Tensor) and a.requires_grad for a in arguments[: self.differentiable])
             and kept_bytes(*arguments) <= KEPT_BYTES
         )

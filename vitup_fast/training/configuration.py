@@ -41,7 +41,8 @@ class TrainingConfig:
         blocks: blocks of queries of each crop that a step uses, drawn at random; 0 means all. A block is the
             queries of one token of the smallest teacher size.
         blocks_per_backward: blocks that go forward and backward together: the memory of a step.
-        checkpoint: what the forward pass keeps: the inputs of each ``"op"``, or of each ``"block"``.
+        checkpoint: what the forward pass keeps, see :meth:`~vitup_fast.ViTUp.forward`: ``"none"`` is the fastest,
+            ``"op"`` and ``"block"`` need less memory.
         size_weights: weight of the loss at each of ``teacher_sizes``; empty for equal ones.
         depth_weights: weight of the loss at each depth; empty for equal ones.
         l2: weight of the normalised squared error.
@@ -81,7 +82,7 @@ class TrainingConfig:
     batch_size: int = 24
     blocks: int = 0
     blocks_per_backward: int = 49
-    checkpoint: str = "op"
+    checkpoint: str = "none"
     size_weights: tuple[float, ...] = ()
     depth_weights: tuple[float, ...] = ()
     l2: float = 1.0

@@ -98,7 +98,6 @@ class Examples:
     def __init__(self, config: TrainingConfig, crops: Crops, teacher: Teacher) -> None:
         self.config, self.crops, self.teacher = config, crops, teacher
         self.cache = Cache(config.cache, crops, teacher) if config.cache else None
-        # Batches of ever new crops keep their teacher's features on the device, cached ones come from disk.
 
     def ordered(self, first: int, step: int, total: int) -> list[int]:
         """Numbers of the crops that a process sees, from its first to the run's last, ``step`` apart."""
@@ -367,6 +366,8 @@ class Run:
             raise expected(
                 "output", f"{needed / 2**20:.0f} MiB free in {self.folder}", f"{free / 2**20:.0f} MiB"
             )
+        if self.examples.cache is not None:
+            self.examples.cache.check_space(len(self.examples.cache.missing()))
         self.config.write(self.folder / CONFIG)
 
     def _saved(self, resume: bool) -> dict[str, Any] | None:
@@ -395,6 +396,8 @@ class Run:
             for name in now
             if name not in FREE and now[name] != then[name]
         ]
+        if bool(self.config.cache) != bool(before.cache):
+            changed.append("cache: its features are rounded, so with or without")
         if saved["crops"] != self.crops.digest:
             changed.append("data: other pictures")
         if changed:

@@ -115,7 +115,8 @@ def accumulate_gradients(
             return total
         loss.backward()
     if adapted:
-        torch.autograd.backward(inputs, [leaf.grad for leaf in leaves])
+        reached = [(t, leaf.grad) for t, leaf in zip(inputs, leaves, strict=True) if leaf.grad is not None]
+        torch.autograd.backward(*zip(*reached, strict=True))
     return total
 
 

@@ -51,7 +51,9 @@ class Teacher:
         Returns:
             For each of ``teacher_sizes`` a list with ``[B, h, h, D]`` of each depth.
         """
-        with self.backbone.adapters_disabled():
+        device = crops.device.type
+        autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.bfloat16)
+        with self.backbone.adapters_disabled(), autocast:
             return {
                 size: self.backbone.hidden_states(crops, (size, size)) for size in self.config.teacher_sizes
             }
@@ -99,13 +101,12 @@ class Cache:
         """Examples that have not been made."""
         return [k for k in range(self.teacher.config.samples) if not self.path(k).exists()]
 
-    def fill(self, ks: Iterable[int], progress: Callable[[], object] = lambda: None) -> None:
-        """Make examples, in bfloat16 where the run is.
+    def check_space(self, count: int) -> None:
+        """Refuse to make ``count`` examples for which the disk has no room.
 
         Raises:
-            InputError: the disk is too small, or cannot be written.
+            InputError: the disk is too small, or the folder cannot be made.
         """
-        ks = list(ks)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free
@@ -113,16 +114,27 @@ class Cache:
             raise InputError(
                 f"cache: {brief(self.folder, 300)} cannot be made ({error.strerror})."
             ) from error
-        needed = len(ks) * self.example_bytes + SPARE_DISK
+        needed = count * self.example_bytes + SPARE_DISK
         if needed > free:
             raise expected(
                 "cache",
-                f"{needed / 2**30:.1f} GiB free for {len(ks)} crops",
+                f"{needed / 2**30:.1f} GiB free for {count} crops",
                 f"{free / 2**30:.1f} GiB",
                 "Choose another folder, fewer samples, or no cache.",
             )
+
+    def fill(self, ks: Iterable[int], progress: Callable[[], object] = lambda: None) -> None:
+        """Make examples that are not there.
+
+        Raises:
+            InputError: the disk is too small, or cannot be written.
+        """
+        ks = list(ks)
+        self.check_space(len(ks))
         save = require("safetensors.torch", "train", "caching features").save_file
         for k in ks:
+            if self.path(k).exists():  # another process made it meanwhile
+                continue
             crop = self.crops[k]
             features = self.teacher(pixels(crop[None], self.teacher.backbone))
             tensors = {

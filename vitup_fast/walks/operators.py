@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..network.image_cache import ImageCache
-from ..network.weights import NetworkWeights, recordable
+from ..network.weights import BlockWeights, NetworkWeights, recordable
 from ..ops import (
     bilinear_sample,
     film_mlp,
@@ -20,6 +22,7 @@ from ..ops import (
     rope_cross_attention,
 )
 from ..ops.coordinates import rope_angles, rotate_complex, rotate_pairs, token_centres
+from ..ops.operator import inputs_alone
 from ..ops.primitives import LAYER_NORM_EPS, pack
 from .plan import Spans
 from .walk import Chunk, Decoding, Settings, Step, Walk, plain_modes
@@ -72,25 +75,33 @@ class OperatorsWalk(Walk):
             coords = coords if settings.in_place else recordable(coords)
             query = bilinear_sample(images.patch_grid, coords, impl=impl)  # [b, n, D]
             decoded = [decode(query, *decoders[0], impl=impl)] if 0 in decoders else []
+
+            def advance(
+                query: Tensor,
+                depth: int,
+                block: BlockWeights,
+                key: Tensor,
+                value: Tensor,
+                tokens: Tensor,
+                table: Any,
+            ) -> tuple[Tensor, ...]:
+                query = residual_mlp(query, block.transition, impl=impl)
+                attended = (key, value, block.attention, weights.inv_freq, images.token_grid)
+                query = rope_cross_attention(query, coords, *attended, impl=impl)
+                local = (tokens, weights.freqs, block.position, block.film)
+                query = film_mlp(query, coords, *local, table=table, impl=impl)
+                query = residual_mlp(query, block.mlp, impl=impl)
+                return query, *([decode(query, *decoders[depth], impl=impl)] if depth in decoders else [])
+
             blocks = zip(weights.blocks, images.keys, images.values, images.tokens, tables, strict=True)
-            for depth, (block, key, value, tokens, table) in enumerate(blocks, start=1):
-
-                def advance(
-                    query: Tensor, block=block, key=key, value=value, tokens=tokens, table=table
-                ) -> Tensor:
-                    query = residual_mlp(query, block.transition, impl=impl)
-                    attended = (key, value, block.attention, weights.inv_freq, images.token_grid)
-                    query = rope_cross_attention(query, coords, *attended, impl=impl)
-                    local = (tokens, weights.freqs, block.position, block.film)
-                    query = film_mlp(query, coords, *local, table=table, impl=impl)
-                    return residual_mlp(query, block.mlp, impl=impl)
-
-                if settings.checkpoint == "block" and not settings.in_place:
-                    query = checkpoint(advance, query, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    query = advance(query)
-                if depth in decoders:
-                    decoded.append(decode(query, *decoders[depth], impl=impl))
+            with inputs_alone() if settings.checkpoint == "op" else contextlib.nullcontext():
+                for depth, image in enumerate(blocks, start=1):
+                    if settings.checkpoint == "block" and not settings.in_place:
+                        once = {"use_reentrant": False, "preserve_rng_state": False}
+                        query, *layer = checkpoint(advance, query, depth, *image, **once)
+                    else:
+                        query, *layer = advance(query, depth, *image)
+                    decoded += layer
             if out is None:
                 return decoded
             for target, layer in zip(out, decoded, strict=True):

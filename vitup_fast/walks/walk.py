@@ -27,7 +27,8 @@ class Settings(NamedTuple):
         dtype: compute type.
         device: where the network lies.
         in_place: whether kernels may write where they are told: no gradient is recorded, nothing traced.
-        checkpoint: what is kept for a backward pass, the inputs of every ``"op"`` or those of every ``"block"``.
+        checkpoint: what is kept for a backward pass: what makes it fastest (``"none"``), the inputs of every
+            ``"op"``, or those of every ``"block"``.
     """
 
     impl: str
@@ -36,7 +37,7 @@ class Settings(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     in_place: bool
-    checkpoint: str = "op"
+    checkpoint: str = "none"
 
 
 class Decoding(NamedTuple):
