@@ -166,7 +166,7 @@ def test_wrong_images(photo, tmp_path, capsys):
         (["--hidden-layer-img-size", "50", "64"], "multiples of the patch size 16"),
         (["--hidden-size", "50", "64"], "multiples of the patch size 16"),  # its name in earlier versions
         (["--weights", "gone.safetensors"], "gone.safetensors: no such file"),
-        (["--model", "giant"], "invalid choice: 'giant'"),
+        (["--model", "giant"], "model: expected one of"),
         (["--device", "abacus"], "device: expected a torch device"),
         (["--save", "jpeg"], "invalid choice: 'jpeg'"),
         (["--backbone-weights", "gone.safetensors"], "gone.safetensors: no such file"),
