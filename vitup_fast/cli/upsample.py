@@ -60,7 +60,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         nargs=2,
         type=int,
         metavar=("H", "W"),
-        help="image size for hidden states (448 448)",
+        help="image size for hidden states (what the model says, mostly 448 448)",
     )
     parser.add_argument(
         "--hidden-size", dest="hidden_layer_img_size", nargs=2, type=int, help=argparse.SUPPRESS
