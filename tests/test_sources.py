@@ -369,6 +369,14 @@ def test_loading_merges_adapters_or_keeps_them(tmp_path):
         vitup_fast.load(tmp_path / "merged.safetensors", backbone_weights="random", device="cpu")
 
 
+def test_adapters_scaled_to_nothing_stay_so(tmp_path):
+    network, vit = seeded_network(TINY)
+    vit.add_lora(2, scaling=0.0)
+    Upsampler(network, vit).save_pretrained(tmp_path)
+    loaded = vitup_fast.load(tmp_path, device="cpu", merge_adapters=False)
+    assert loaded.backbone.lora_scaling == 0
+
+
 def test_files_without_the_backbone_take_it_from_where_it_is_named(tmp_path, monkeypatch):
     model = adapted()
     model.save_pretrained(tmp_path / "net.safetensors", include_backbone=False)

@@ -138,7 +138,8 @@ class Upsampler(nn.Module):
                 :func:`load` does; ``"random"`` leaves it as initialised.
             device: None takes a GPU if there is one.
             dtype: of all parameters.
-            hidden_layer_img_size: see :class:`Upsampler`; None means the multiple of the patch size closest to 448.
+            hidden_layer_img_size: see :class:`Upsampler`; None means what the file of weights says, or else the
+                multiple of the patch size closest to 448.
             query_chunk_size: see :class:`Upsampler`.
             max_memory: see :class:`Upsampler`.
             backbone_options: keyword arguments for ``timm.create_model`` beyond the name.
@@ -160,6 +161,8 @@ class Upsampler(nn.Module):
                 path = model_file("weights", weights)
                 source = checked_source("custom", config, path, str(path))
                 network, vit = read_parts(source, backbone_weights, merge_adapters=False)
+                if hidden_layer_img_size is None and source.header is not None:
+                    hidden_layer_img_size = source.header.hidden_layer_img_size
             if not vit.lora_parameters():
                 vit.requires_grad_(False)
             upsampler = cls(
@@ -241,11 +244,12 @@ class Upsampler(nn.Module):
             MissingPackageError: safetensors is not installed.
         """
         target = checkpoint_path("save_directory", save_directory)
+        scaling = self.backbone.lora_scaling
         header = Header(
             self.vit_up.config,
             self.hidden_layer_img_size,
-            self.backbone.lora_scaling or PUBLISHED_LORA_SCALING,
-            self.backbone.adapters_merged or (merge_adapters and bool(self.backbone.lora_parameters())),
+            PUBLISHED_LORA_SCALING if scaling is None else scaling,
+            self.backbone.adapters_merged or (merge_adapters and scaling is not None),
         )
         tensors = self._saved_tensors(header, merge_adapters, include_backbone)
         alone = target.suffix == ".safetensors"
