@@ -236,6 +236,36 @@ def test_gated_dinov2_under_its_authors_names():
     assert same(backbone.state_dict(), want.state_dict())
 
 
+def test_dinov3_under_its_authors_names():
+    want, backbone = Backbone.create(TINY), Backbone.create(TINY)
+    for parameter in want.parameters():
+        nn.init.normal_(parameter)
+    own = want.model.state_dict()
+    names = {"fc1_g": "w1", "fc1_x": "w2", "fc2": "w3", "reg_token": "storage_tokens"}
+    original = {"mask_token": torch.ones(1, 64), "rope_embed.periods": torch.ones(8)}
+    for name, tensor in own.items():
+        renamed = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)
+        original[re.sub("|".join(names), lambda match: names[match[0]], renamed)] = tensor
+    masked = dict(original)
+    for n in range(4):
+        q, v = (original.pop(f"blocks.{n}.attn.{part}_bias") for part in "qv")
+        joined, ones = f"blocks.{n}.attn.qkv.bias", torch.ones(64)
+        original[joined] = torch.cat((q, torch.zeros(64), v))
+        masked[joined] = torch.cat((q, torch.full((64,), 7.0), v))
+        masked[f"{joined}_mask"] = torch.cat((ones, 0 * ones, ones))
+        del masked[f"blocks.{n}.attn.q_bias"], masked[f"blocks.{n}.attn.v_bias"]
+    for tensors in (original, masked):
+        for parameter in backbone.parameters():
+            nn.init.zeros_(parameter)
+        load_backbone(backbone, tensors)
+        assert same(backbone.state_dict(), want.state_dict())
+    unmasked = {name: t for name, t in masked.items() if not name.endswith("_mask")}
+    with pytest.raises(CheckpointError, match=r"the k bias of layer\.0 is not zero"):
+        load_backbone(backbone, unmasked)
+    with pytest.raises(CheckpointError, match="'reg_token' is there twice"):
+        load_backbone(backbone, original | {"reg_token": own["reg_token"]})
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

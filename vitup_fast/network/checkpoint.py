@@ -46,7 +46,16 @@ _LORA_NAME = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _QKV_NAME = re.compile(
     r"(?:encoder\.)?layer\.(\d+)\.attention\.(?:attention\.)?(q|k|v|query|key|value)(?:_proj)?\.(weight|bias)"
 )
-_SWIGLU_NAME = (r"\.mlp\.w(12|3)\.", lambda match: {"12": ".mlp.fc1.", "3": ".mlp.fc2."}[match[1]])
+_AUTHORS_NAMES = (  # of DINOv2, then of DINOv3 alone
+    (r"(?:register|storage)_tokens", "reg_token"),
+    (r"(.+\.mlp)\.w12\.(.+)", r"\1.fc1.\2"),
+    (r"(.+\.mlp)\.w3\.(.+)", r"\1.fc2.\2"),
+    (r"(.+\.mlp)\.w1\.(.+)", r"\1.fc1_g.\2"),
+    (r"(.+\.mlp)\.w2\.(.+)", r"\1.fc1_x.\2"),
+    (r"(.+)\.ls([12])\.gamma", r"\1.gamma_\2"),
+)
+_AUTHORS_BIAS = re.compile(r"blocks\.(\d+)\.attn\.qkv\.bias")
+_UNUSED_NAMES = re.compile(r"mask_token|rope_embed\..+|local_cls_norm\..+|.+\.bias_mask")
 _WIDTH_NAMES = ("decoder_mlp.0.mlp.0.weight", "norm.weight")
 
 
@@ -301,7 +310,7 @@ def timm_names(
 
     Args:
         tensors: under the public names of DINOv3 or DINOv2 (Hugging Face's ``Dinov2Model``), whatever stands before
-            them, or under timm's or the DINOv2 authors' names.
+            them, or under timm's names or those of the models' authors.
         model: the timm model; one without q and v biases takes zero biases only.
         source: where the tensors come from, for the message.
 
@@ -319,9 +328,7 @@ def timm_names(
     projections: dict[tuple[str, str, str], Tensor] = {}
     unknown = []
     if any(name.startswith(("blocks.", "patch_embed.")) for name in tensors):
-        renamed = {re.sub(*_SWIGLU_NAME, name): t for name, t in tensors.items() if name != "mask_token"}
-        if "register_tokens" in renamed:
-            renamed["reg_token"] = renamed.pop("register_tokens")
+        renamed, projections = _authors_names(tensors, source)
     else:
         public = _public_names(tensors, source)
         gated = any(".mlp.gate_proj." in name for name in public)
@@ -338,13 +345,12 @@ def timm_names(
         raise CheckpointError(
             f"{source}: not weights of DINOv3 or DINOv2: {_listing('unexpected', unknown)}."
         )
-    if "reg_token" in own and "pos_embed" in own and "cls_token" in renamed and "pos_embed" in renamed:
-        table, wanted = renamed["pos_embed"], own["pos_embed"].shape
-        if (
-            table.ndim == 3 and table.shape[1] == wanted[1] + 1
-        ):  # timm adds the class token's position beforehand
-            renamed["cls_token"] = renamed["cls_token"] + table[:, :1]
-            renamed["pos_embed"] = table[:, 1:]
+    if "reg_token" in own and "pos_embed" in own and {"cls_token", "pos_embed"} <= renamed.keys():
+        cls, table = renamed["cls_token"], renamed["pos_embed"]
+        _, positions, width = own["pos_embed"].shape
+        # timm has added the class token's position beforehand.
+        if cls.shape == (1, 1, width) and table.shape == (1, positions + 1, width):
+            renamed |= {"cls_token": cls + table[:, :1], "pos_embed": table[:, 1:]}
     return renamed | _fused_projections(projections, own, source)
 
 
@@ -459,6 +465,30 @@ def _public_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tenso
         public[name] = tensor
     public.pop("embeddings.mask_token", None)
     return public
+
+
+def _authors_names(
+    tensors: Mapping[str, Tensor], source: str
+) -> tuple[dict[str, Tensor], dict[tuple[str, str, str], Tensor]]:
+    """Give tensors of timm, or of the authors of DINOv2 and DINOv3, timm's names; return biases of q, k and v apart."""
+    dinov3 = "storage_tokens" in tensors
+    rules = _AUTHORS_NAMES if dinov3 else _AUTHORS_NAMES[:3]
+    renamed: dict[str, Tensor] = {}
+    biases: dict[tuple[str, str, str], Tensor] = {}
+    for name, tensor in tensors.items():
+        if _UNUSED_NAMES.fullmatch(name):
+            continue
+        match = _AUTHORS_BIAS.fullmatch(name) if dinov3 else None
+        if match and tensor.ndim == 1:
+            mask = tensors.get(f"{name}_mask")  # hides the bias of k
+            bias = tensor.where(mask == 1, 0) if mask is not None and mask.shape == tensor.shape else tensor
+            biases |= {(match[1], part, "bias"): t for part, t in zip("qkv", bias.chunk(3), strict=False)}
+            continue
+        target = next((m.expand(new) for old, new in rules if (m := re.fullmatch(old, name))), name)
+        if target in renamed:
+            raise CheckpointError(f"{source}: {brief(target)!r} is there twice, under different names.")
+        renamed[target] = tensor
+    return renamed, biases
 
 
 def _timm_name(name: str, gated: bool) -> str | None:
