@@ -631,7 +631,10 @@ def test_the_hub(tmp_path, monkeypatch):
         "config.json",
         "model.safetensors",
     ]
-    assert "vit_small_plus_patch16_dinov3" in huggingface_hub.ModelCard.load(hub / "me/net/README.md").text
+    card = huggingface_hub.ModelCard.load(hub / "me/net/README.md")
+    assert card.data.library_name == "vitup_fast"
+    assert "vit_small_plus_patch16_dinov3" in card.text
+    assert 'vitup_fast.load("me/net")' in card.text
     loaded = Upsampler.from_pretrained("me/net", revision="v1", token="t", device="cpu")
     assert asked["download"] == {
         "revision": "v1", "token": "t", "cache_dir": None, "force_download": False, "local_files_only": False

@@ -315,12 +315,13 @@ def seeded_network(config: ViTUpConfig) -> tuple[ViTUp, Backbone]:
         return network, vit
 
 
-def model_card(header: Header, tensors: dict[str, Tensor]) -> str:
+def model_card(header: Header, tensors: dict[str, Tensor], place: str) -> str:
     """Write the card of a saved model: what it is, how to use it, what its file holds.
 
     Args:
         header: of the file.
         tensors: in the file, under their published names.
+        place: path or repository from which the model is loaded.
     """
     config = header.config
     parts = {"the network": 0, "adapters": 0, "the backbone": 0}
@@ -354,7 +355,7 @@ Features of `{config.backbone}` at any continuous image coordinate
 ```python
 import vitup_fast
 
-model = vitup_fast.load("PATH_OR_REPOSITORY")  # this folder, its model.safetensors, or "owner/name" on the hub
+model = vitup_fast.load("{place}")
 features = model.dense(image, size=(448, 448))  # [1, 448, 448, {config.dim}]
 ```
 

@@ -243,28 +243,7 @@ class Upsampler(nn.Module):
             InputError: a path that cannot be written, or a model that a file cannot describe.
             MissingPackageError: safetensors is not installed.
         """
-        target = checkpoint_path("save_directory", save_directory)
-        scaling = self.backbone.lora_scaling
-        header = Header(
-            self.vit_up.config,
-            self.hidden_layer_img_size,
-            PUBLISHED_LORA_SCALING if scaling is None else scaling,
-            self.backbone.adapters_merged or (merge_adapters and scaling is not None),
-        )
-        tensors = self._saved_tensors(header, merge_adapters, include_backbone)
-        alone = target.suffix == ".safetensors"
-        try:
-            (target.parent if alone else target).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"{brief(target, 300)}: cannot be made a folder ({error.strerror or error})."
-            ) from error
-        if alone:
-            return write_checkpoint(target, tensors, header)
-        write_checkpoint(target / WEIGHTS_NAME, tensors, header)
-        _write_text(target / "config.json", json.dumps(header.to_dict(), indent=2) + "\n")
-        if not (target / "README.md").exists():
-            _write_text(target / "README.md", model_card(header, tensors))
+        self._save(save_directory, "PATH", merge_adapters, include_backbone)
 
     def push_to_hub(
         self, repo_id: str, *, merge_adapters: bool = False, include_backbone: bool = True, **options: Any
@@ -290,9 +269,7 @@ class Upsampler(nn.Module):
             """What the hub's mixin uploads."""
 
             def _save_pretrained(_, save_directory: Path) -> None:
-                self.save_pretrained(
-                    save_directory, merge_adapters=merge_adapters, include_backbone=include_backbone
-                )
+                self._save(save_directory, repo_id, merge_adapters, include_backbone)
 
         try:
             return Saved().push_to_hub(repo_id, **options)
@@ -301,6 +278,37 @@ class Upsampler(nn.Module):
         except Exception as error:
             reason = brief(str(error).partition("\n")[0], 300) or type(error).__name__
             raise InputError(f"repo_id: cannot push to {brief(repo_id)} ({reason}).") from error
+
+    def _save(
+        self,
+        save_directory: str | os.PathLike[str],
+        place: str,
+        merge_adapters: bool,
+        include_backbone: bool,
+    ) -> None:
+        """Write what :meth:`save_pretrained` says; the card says that it is loaded from ``place``."""
+        target = checkpoint_path("save_directory", save_directory)
+        scaling = self.backbone.lora_scaling
+        header = Header(
+            self.vit_up.config,
+            self.hidden_layer_img_size,
+            PUBLISHED_LORA_SCALING if scaling is None else scaling,
+            self.backbone.adapters_merged or (merge_adapters and scaling is not None),
+        )
+        tensors = self._saved_tensors(header, merge_adapters, include_backbone)
+        alone = target.suffix == ".safetensors"
+        try:
+            (target.parent if alone else target).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{brief(target, 300)}: cannot be made a folder ({error.strerror or error})."
+            ) from error
+        if alone:
+            return write_checkpoint(target, tensors, header)
+        write_checkpoint(target / WEIGHTS_NAME, tensors, header)
+        _write_text(target / "config.json", json.dumps(header.to_dict(), indent=2) + "\n")
+        if not (target / "README.md").exists():
+            _write_text(target / "README.md", model_card(header, tensors, place))
 
     def _saved_tensors(
         self, header: Header, merge_adapters: bool, include_backbone: bool
