@@ -399,6 +399,13 @@ def test_loading_merges_adapters_or_keeps_them(tmp_path):
         vitup_fast.load(tmp_path / "merged.safetensors", backbone_weights="random", device="cpu")
 
 
+def test_saved_files_may_be_read_as_any_other(tmp_path):
+    (tmp_path / "other").touch()
+    Upsampler(*seeded_network(TINY)).save_pretrained(tmp_path / "net")
+    modes = {path.stat().st_mode for path in (tmp_path / "other", *(tmp_path / "net").iterdir())}
+    assert len(modes) == 1
+
+
 def test_adapters_scaled_to_nothing_stay_so(tmp_path):
     network, vit = seeded_network(TINY)
     vit.add_lora(2, scaling=0.0)
