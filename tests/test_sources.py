@@ -399,6 +399,24 @@ def test_loading_merges_adapters_or_keeps_them(tmp_path):
         vitup_fast.load(tmp_path / "merged.safetensors", backbone_weights="random", device="cpu")
 
 
+def test_models_are_saved_in_another_dtype(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path / "net.safetensors", dtype=torch.bfloat16)
+    loaded = vitup_fast.load(
+        tmp_path / "net.safetensors", device="cpu", dtype=torch.bfloat16, merge_adapters=False
+    )
+    assert model.dtype == torch.float32
+    assert same(loaded.state_dict(), model.to(torch.bfloat16).state_dict())
+    assert load_file(tmp_path / "net.safetensors")["rel_pos_enc.freqs"].dtype == torch.float32
+    with pytest.raises(InputError, match=r"dtype: expected a floating torch\.dtype"):
+        model.save_pretrained(tmp_path / "b.safetensors", dtype=torch.int8)
+    with torch.no_grad():
+        model.float().vit_up.decoder_mlp[0].mlp[1].bias[0] = 7e4
+    with pytest.raises(CheckpointError, match=r"numbers too large for torch\.float16"):
+        model.save_pretrained(tmp_path / "b.safetensors", dtype=torch.float16)
+    assert [path.name for path in tmp_path.iterdir()] == ["net.safetensors"]
+
+
 def test_saved_files_may_be_read_as_any_other(tmp_path):
     (tmp_path / "other").touch()
     Upsampler(*seeded_network(TINY)).save_pretrained(tmp_path / "net")
@@ -455,6 +473,7 @@ def test_the_configuration_travels_with_the_file(tmp_path):
     card = (tmp_path / "net" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: vitup_fast\n")
     assert "48 x 80 pixels" in card
+    assert "| in | float32 |" in card
     (tmp_path / "net" / "README.md").write_text("my own words")
     loaded.save_pretrained(tmp_path / "net")
     assert (tmp_path / "net" / "README.md").read_text() == "my own words"

@@ -338,7 +338,7 @@ def model_card(header: Header, tensors: dict[str, Tensor], place: str) -> str:
     if header.adapters_merged:
         holds += "; adapters are merged into the backbone"
     absence = "" if parts["the backbone"] else "; they are not in the file"
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    largest = max(tensors.values(), key=Tensor.numel)
     return f"""---
 library_name: vitup_fast
 pipeline_tag: image-feature-extraction
@@ -365,7 +365,7 @@ features = model.dense(image, size=(448, 448))  # [1, 448, 448, {config.dim}]
 | depths of the backbone | {", ".join(map(str, config.layer_indices))} |
 | image for hidden states | {" x ".join(map(str, header.hidden_layer_img_size))} pixels |
 | the file holds | {holds} |
-| in | {", ".join(dtypes)} |
+| in | {str(largest.dtype).removeprefix("torch.")} |
 
 The backbone's weights are their authors', under their licence{absence}.
 What the network was trained on, how well it does and its own licence are not known to the program that wrote this card:

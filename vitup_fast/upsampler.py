@@ -225,10 +225,9 @@ class Upsampler(nn.Module):
         *,
         merge_adapters: bool = False,
         include_backbone: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Write network, adapters and backbone, with their configuration, as ``load(path)`` reads them.
-
-        Values are kept bit for bit, in the dtype of this model.
 
         Args:
             save_directory: folder for ``model.safetensors``, ``config.json`` and a model card ``README.md`` (one
@@ -238,15 +237,22 @@ class Upsampler(nn.Module):
                 published names. The model itself is not changed.
             include_backbone: write the backbone's weights too. A small file without them needs the same backbone
                 again, from timm's published weights or as ``backbone_weights``.
+            dtype: of the saved parameters; None keeps this model's, bit for bit.
 
         Raises:
             InputError: a path that cannot be written, or a model that a file cannot describe.
             MissingPackageError: safetensors is not installed.
         """
-        self._save(save_directory, "PATH", merge_adapters, include_backbone)
+        self._save(save_directory, "PATH", merge_adapters, include_backbone, dtype)
 
     def push_to_hub(
-        self, repo_id: str, *, merge_adapters: bool = False, include_backbone: bool = True, **options: Any
+        self,
+        repo_id: str,
+        *,
+        merge_adapters: bool = False,
+        include_backbone: bool = True,
+        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> str:
         """Upload what :meth:`save_pretrained` writes to the Hugging Face hub.
 
@@ -254,6 +260,7 @@ class Upsampler(nn.Module):
             repo_id: the repository ``owner/name``, made if it is missing.
             merge_adapters: see :meth:`save_pretrained`.
             include_backbone: see :meth:`save_pretrained`.
+            dtype: see :meth:`save_pretrained`.
             options: those of ``huggingface_hub.ModelHubMixin.push_to_hub``: commit_message, private, token, branch, ...
 
         Returns:
@@ -269,7 +276,7 @@ class Upsampler(nn.Module):
             """What the hub's mixin uploads."""
 
             def _save_pretrained(_, save_directory: Path) -> None:
-                self._save(save_directory, repo_id, merge_adapters, include_backbone)
+                self._save(save_directory, repo_id, merge_adapters, include_backbone, dtype)
 
         try:
             return Saved().push_to_hub(repo_id, **options)
@@ -285,6 +292,7 @@ class Upsampler(nn.Module):
         place: str,
         merge_adapters: bool,
         include_backbone: bool,
+        dtype: torch.dtype | None,
     ) -> None:
         """Write what :meth:`save_pretrained` says; the card says that it is loaded from ``place``."""
         target = checkpoint_path("save_directory", save_directory)
@@ -295,7 +303,12 @@ class Upsampler(nn.Module):
             PUBLISHED_LORA_SCALING if scaling is None else scaling,
             self.backbone.adapters_merged or (merge_adapters and scaling is not None),
         )
+        if dtype is not None:
+            _check_dtype(dtype)
         tensors = self._saved_tensors(header, merge_adapters, include_backbone)
+        if dtype is not None:
+            constants = dict(self.vit_up.named_buffers())
+            tensors = {name: t if name in constants else t.to(dtype) for name, t in tensors.items()}
         alone = target.suffix == ".safetensors"
         try:
             (target.parent if alone else target).mkdir(parents=True, exist_ok=True)
