@@ -352,7 +352,7 @@ if __name__ == "__main__":
         package_dir={"vitup_fast.kernels": "kernels", "vitup_fast.bench": "bench"},
         include_package_data=False,
         package_data={
-            "vitup_fast": ["py.typed"],
+            "vitup_fast": ["py.typed", "weights/*"],
             "vitup_fast.kernels": ["configs/*.json"],
             "vitup_fast.bench": ["run_gpu.sh", "compile_report.json", "cuda_report.json"],
         },

@@ -28,7 +28,7 @@ from vitup_fast.network.checkpoint import (
     timm_names,
 )
 from vitup_fast.network.config import ViTUpConfig
-from vitup_fast.upsampler import seeded_network
+from vitup_fast.sources import seeded_network
 
 timm = pytest.importorskip("timm")
 safetensors = pytest.importorskip("safetensors.torch")

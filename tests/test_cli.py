@@ -125,6 +125,23 @@ def test_unreachable_weights(photo, tmp_path, monkeypatch, capsys):
     assert "random weights" in capsys.readouterr().err
 
 
+def test_models_of_files_and_of_timm(photo, tmp_path, capsys):
+    with pytest.warns(UserWarning, match="random"):
+        model = vitup_fast.load("tiny", "random", device="cpu", hidden_layer_img_size=(48, 80))
+    model.save_pretrained(tmp_path / "net")
+    arguments = ["upsample", photo, "-o", tmp_path / "out", "--size", 3, 4, "--device", "cpu"]
+    assert run(*arguments, "--model", tmp_path / "net") == 0
+    want = model.dense(read_image(photo), (3, 4))[0]
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "photo.npy"), want, rtol=1e-5, atol=1e-5)
+    assert run(*arguments, "--model", "vit_tiny_patch16_224", "--weights", "random") == 0
+    assert np.load(tmp_path / "out" / "photo.npy").shape == (3, 4, 192)
+    capsys.readouterr()
+    assert run(*arguments, "--model", tmp_path) == cli.USER_ERROR
+    assert "the folder holds no model.safetensors" in one_sentence(capsys)
+    assert run(*arguments, "--model", "vit_tiny_patch16_224") == cli.USER_ERROR
+    assert "weights: expected a file for vit_tiny_patch16_224" in one_sentence(capsys)
+
+
 def bomb(path):
     """A PNG that claims 60 000 x 60 000 pixels."""
 
@@ -166,7 +183,7 @@ def test_wrong_images(photo, tmp_path, capsys):
         (["--hidden-layer-img-size", "50", "64"], "multiples of the patch size 16"),
         (["--hidden-size", "50", "64"], "multiples of the patch size 16"),  # its name in earlier versions
         (["--weights", "gone.safetensors"], "gone.safetensors: no such file"),
-        (["--model", "giant"], "invalid choice: 'giant'"),
+        (["--model", "giant"], "model: expected one of"),
         (["--device", "abacus"], "device: expected a torch device"),
         (["--save", "jpeg"], "invalid choice: 'jpeg'"),
         (["--backbone-weights", "gone.safetensors"], "gone.safetensors: no such file"),

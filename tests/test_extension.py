@@ -141,6 +141,7 @@ def test_sdist_holds_sources_and_nothing_built(sdist):
     others = [
         "CMakeLists.txt",
         "setup.py",
+        "hubconf.py",
         "kernels/triton/film_mlp.py",
         "kernels/cpu/film_mlp.py",
         "kernels/configs/sm_90.json",

@@ -15,7 +15,7 @@ from vitup_fast import InputError, Upsampler, ViTUp, ViTUpConfig
 from vitup_fast.images import MEAN, STD, normalise
 from vitup_fast.network.backbone import Backbone
 from vitup_fast.network.checkpoint import load_backbone, merge_lora, split_published
-from vitup_fast.upsampler import WeightsUnavailableError, seeded_network
+from vitup_fast.sources import WeightsUnavailableError, seeded_network
 
 GOLDEN = Path(__file__).parent / "data" / "dinov3_lora_tiny.safetensors"
 TINY = ViTUpConfig.preset("tiny")

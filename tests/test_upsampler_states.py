@@ -14,7 +14,7 @@ import torch
 
 import vitup_fast
 from vitup_fast import InputError, Upsampler
-from vitup_fast.upsampler import seeded_network
+from vitup_fast.sources import seeded_network
 
 TINY = vitup_fast.ViTUpConfig.preset("tiny")
 SIZES = ((70, 90), (64, 64))  # what strips and what folds into the patch embedding

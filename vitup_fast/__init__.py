@@ -8,7 +8,8 @@ from .errors import CheckpointError, InputError, MissingPackageError
 from .network import backbone, checkpoint, config, model
 from .network.config import ViTUpConfig
 from .network.model import ImageCache, ViTUp
-from .upsampler import Upsampler, WeightsUnavailableError, load
+from .sources import WeightsUnavailableError
+from .upsampler import Upsampler, load
 
 __version__ = "0.1.0"
 

@@ -312,7 +312,11 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     # Short: the target's name may be as long as names can be.
     temporary = target.with_name(f".vitup-{secrets.token_hex(4)}.part")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        if temporary.stat().st_mode != mode:  # some writers, safetensors among them, keep others from reading
+            temporary.chmod(mode)
         os.replace(temporary, target)
     except OSError as error:
         raise InputError(f"{brief(target, 500)}: cannot be written ({error.strerror or error}).") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -15,51 +16,31 @@ from torch import Tensor, nn
 
 from .errors import InputError, brief, expected, require
 from .heads import Head
-from .images import normalise
-from .network.backbone import Backbone, config_for, plain_defaults
-from .network.checkpoint import (
-    PublishedTensors,
-    attach_lora,
-    check_finite,
-    checkpoint_path,
-    load_backbone,
-    load_strict,
-    merge_lora,
-    read_tensors,
-    split_published,
-)
-from .network.config import ViTUpConfig
+from .images import normalise, write_atomically
+from .network.backbone import PUBLISHED_LORA_SCALING, Backbone, config_for, plain_defaults
+from .network.checkpoint import Header, check_finite, checkpoint_path, write_checkpoint
 from .network.image_cache import ImageCache
 from .network.model import ViTUp, check_size
 from .network.weights import Snapshot, ordinary_tensors, parameters_and_buffers, recordable
 from .ops.checks import COORDINATE_DTYPES, FEATURE_DTYPES, are_plain, check_budget, check_coords
+from .sources import (
+    HUB_REVISION,
+    WEIGHTS_NAME,
+    Source,
+    backbone_source,
+    build_backbone,
+    checked_source,
+    existing_file,
+    fetch_model,
+    file_source,
+    find_model,
+    model_card,
+    model_file,
+    read_parts,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-HUB_REPOSITORY = "Krispin/vit-up"
-HUB_REVISION = "main"
-RANDOM_SEED = 0
-RANDOM_UPDATE = 0.05
-
-PRESET_OF = {
-    "vit_up_dinov3_splus": "dinov3_splus",
-    "vit_up_dinov3_base": "dinov3_base",
-    "vit_up_dinov2_small": "dinov2_small",
-    "vit_up_tiny": "tiny",
-}
-ALIASES = {
-    "splus": "vit_up_dinov3_splus",
-    "dinov3_splus": "vit_up_dinov3_splus",
-    "base": "vit_up_dinov3_base",
-    "dinov3_base": "vit_up_dinov3_base",
-    "dinov2_small": "vit_up_dinov2_small",
-    "tiny": "vit_up_tiny",
-}
-
-
-class WeightsUnavailableError(InputError):
-    """Published weights could not be fetched; the message says why and what to pass instead."""
 
 
 class _CurrentImages(NamedTuple):
@@ -157,7 +138,8 @@ class Upsampler(nn.Module):
                 :func:`load` does; ``"random"`` leaves it as initialised.
             device: None takes a GPU if there is one.
             dtype: of all parameters.
-            hidden_layer_img_size: see :class:`Upsampler`; None means the multiple of the patch size closest to 448.
+            hidden_layer_img_size: see :class:`Upsampler`; None means what the file of weights says, or else the
+                multiple of the patch size closest to 448.
             query_chunk_size: see :class:`Upsampler`.
             max_memory: see :class:`Upsampler`.
             backbone_options: keyword arguments for ``timm.create_model`` beyond the name.
@@ -170,20 +152,18 @@ class Upsampler(nn.Module):
         """
         _check_dtype(dtype)
         device = _usable_device(device)
-        options = tuple((backbone_options or {}).items())
-        config = config_for(backbone, depths, backbone_options=options)
-        published = PublishedTensors({}, {}, {})
-        if weights is not None:
-            weights = checkpoint_path("weights", weights)
-            published = split_published(read_tensors(weights))
+        backbone_weights = backbone_source(backbone_weights)
+        config = config_for(backbone, depths, backbone_options=(backbone_options or {}).items())
         with plain_defaults():
-            network = ViTUp(config)
-            if weights is not None:
-                load_strict(network, published.vit_up, brief(weights, 300))
-            vit = _load_vit(config, _backbone_source(backbone_weights), published)
-            if published.lora:
-                attach_lora(vit, published.lora)
+            if weights is None:
+                network, vit = ViTUp(config), build_backbone(config, backbone_weights)
             else:
+                path = model_file("weights", weights)
+                source = checked_source("custom", config, path, str(path))
+                network, vit = read_parts(source, backbone_weights, merge_adapters=False)
+                if hidden_layer_img_size is None and source.header is not None:
+                    hidden_layer_img_size = source.header.hidden_layer_img_size
+            if not vit.lora_parameters():
                 vit.requires_grad_(False)
             upsampler = cls(
                 network,
@@ -194,6 +174,181 @@ class Upsampler(nn.Module):
                 weights="none" if weights is None else str(weights),
             )
             return upsampler.to(device, dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        **options: Any,
+    ) -> Upsampler:
+        """Load what :meth:`save_pretrained` or :meth:`push_to_hub` wrote; its configuration is in the file.
+
+        Args:
+            pretrained_model_name_or_path: a folder, a safetensors file, or a repository ``owner/name`` of the hub.
+            force_download: fetch the file again even if it is in the cache.
+            token: access token of the hub; None takes the one that is logged in.
+            cache_dir: folder of the hub's cache.
+            local_files_only: take the file from the cache or not at all.
+            revision: commit, tag or branch of the repository.
+            options: as for :func:`load`, other than model, weights and revision.
+
+        Raises:
+            WeightsUnavailableError: the repository or its file cannot be fetched.
+            CheckpointError: the file cannot be read, or does not carry its configuration.
+            InputError: an argument that does not fit.
+            MissingPackageError: an optional package is needed.
+        """
+        for name in ("model", "weights"):
+            if name in options:
+                raise expected(name, "no such argument", "one", "The file says which model it holds.")
+        model = pretrained_model_name_or_path
+        path = existing_file("pretrained_model_name_or_path", model)
+        if path is None:
+            hub_options = {
+                "force_download": force_download,
+                "token": token,
+                "cache_dir": cache_dir,
+                "local_files_only": local_files_only,
+            }
+            path = fetch_model(model, revision, **hub_options)
+        return _load(cls, lambda: file_source(path, str(model)), **options)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        merge_adapters: bool = False,
+        include_backbone: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Write network, adapters and backbone, with their configuration, as ``load(path)`` reads them.
+
+        Args:
+            save_directory: folder for ``model.safetensors``, ``config.json`` and a model card ``README.md`` (one
+                that is there is left alone), made if it is missing; or a path that ends in ``.safetensors``, for
+                the file alone.
+            merge_adapters: fold adapters into the saved backbone instead of writing them beside it under their
+                published names. The model itself is not changed.
+            include_backbone: write the backbone's weights too. A small file without them needs the same backbone
+                again, from timm's published weights or as ``backbone_weights``.
+            dtype: of the saved parameters; None keeps this model's, bit for bit.
+
+        Raises:
+            InputError: a path that cannot be written, or a model that a file cannot describe.
+            MissingPackageError: safetensors is not installed.
+        """
+        self._save(save_directory, "PATH", merge_adapters, include_backbone, dtype)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        merge_adapters: bool = False,
+        include_backbone: bool = True,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes to the Hugging Face hub.
+
+        Args:
+            repo_id: the repository ``owner/name``, made if it is missing.
+            merge_adapters: see :meth:`save_pretrained`.
+            include_backbone: see :meth:`save_pretrained`.
+            dtype: see :meth:`save_pretrained`.
+            options: those of ``huggingface_hub.ModelHubMixin.push_to_hub``: commit_message, private, token, branch, ...
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            InputError: a model that a file cannot describe, or a failed upload.
+            MissingPackageError: huggingface_hub or safetensors is not installed.
+        """
+        hub = require("huggingface_hub", "hub", "pushing to the hub")
+
+        class Saved(hub.ModelHubMixin):
+            """What the hub's mixin uploads."""
+
+            def _save_pretrained(_, save_directory: Path) -> None:
+                self._save(save_directory, repo_id, merge_adapters, include_backbone, dtype)
+
+        try:
+            return Saved().push_to_hub(repo_id, **options)
+        except (InputError, ImportError, TypeError):
+            raise
+        except Exception as error:
+            reason = brief(str(error).partition("\n")[0], 300) or type(error).__name__
+            raise InputError(f"repo_id: cannot push to {brief(repo_id)} ({reason}).") from error
+
+    def _save(
+        self,
+        save_directory: str | os.PathLike[str],
+        place: str,
+        merge_adapters: bool,
+        include_backbone: bool,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Write what :meth:`save_pretrained` says; the card says that it is loaded from ``place``."""
+        target = checkpoint_path("save_directory", save_directory)
+        scaling = self.backbone.lora_scaling
+        header = Header(
+            self.vit_up.config,
+            self.hidden_layer_img_size,
+            PUBLISHED_LORA_SCALING if scaling is None else scaling,
+            self.backbone.adapters_merged or (merge_adapters and scaling is not None),
+        )
+        if dtype is not None:
+            _check_dtype(dtype)
+        tensors = self._saved_tensors(header, merge_adapters, include_backbone)
+        if dtype is not None:
+            constants = dict(self.vit_up.named_buffers())
+            tensors = {name: t if name in constants else t.to(dtype) for name, t in tensors.items()}
+        alone = target.suffix == ".safetensors"
+        try:
+            (target.parent if alone else target).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{brief(target, 300)}: cannot be made a folder ({error.strerror or error})."
+            ) from error
+        if alone:
+            return write_checkpoint(target, tensors, header)
+        write_checkpoint(target / WEIGHTS_NAME, tensors, header)
+        _write_text(target / "config.json", json.dumps(header.to_dict(), indent=2) + "\n")
+        if not (target / "README.md").exists():
+            _write_text(target / "README.md", model_card(header, tensors, place))
+
+    def _saved_tensors(
+        self, header: Header, merge_adapters: bool, include_backbone: bool
+    ) -> dict[str, Tensor]:
+        """Return what a file shall hold, under the published names."""
+        if header.config.backbone is None:
+            raise expected("config.backbone", "the name of a timm model, for the file to say", None)
+        if header.adapters_merged and not include_backbone:
+            raise expected(
+                "include_backbone",
+                "True, since adapters are merged into the backbone",
+                False,
+                "Keep them apart: load(..., merge_adapters=False).",
+            )
+        tensors = {n.replace("_orig_mod.", ""): tensor for n, tensor in self.vit_up.state_dict().items()}
+        with torch.device("meta"):
+            unknown = tensors.keys() ^ ViTUp(header.config).state_dict().keys()
+        if unknown:
+            raise expected(
+                "network", "plain layers", f"{min(unknown)} among its tensors", "Remove parametrizations."
+            )
+        if not merge_adapters:
+            tensors |= self.backbone.lora_state_dict()
+        if include_backbone:
+            weights = self.backbone.weights_state_dict(merge_adapters=merge_adapters)
+            tensors |= {f"backbone.{name}": tensor for name, tensor in weights.items()}
+        return tensors
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave images out: files and other processes get the model alone."""
@@ -428,7 +583,7 @@ class Upsampler(nn.Module):
 
 
 def load(
-    model: str = "vit_up_dinov3_splus",
+    model: str | os.PathLike[str] = "vit_up_dinov3_splus",
     weights: str | os.PathLike[str] | None = None,
     backbone_weights: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
@@ -437,75 +592,92 @@ def load(
     query_chunk_size: int | None = None,
     max_memory: int | None = None,
     revision: str = HUB_REVISION,
+    merge_adapters: bool = True,
 ) -> Upsampler:
     """Load a ViT-Up model for inference: parameters frozen, LoRA merged into the backbone.
 
     The model is the same whatever PyTorch's default dtype and device are, and inside of autocast or inference mode.
 
     Args:
-        model: ``"vit_up_dinov3_splus"``, ``"vit_up_dinov3_base"`` (or ``"splus"``, ``"base"``), or ``"tiny"``.
-        weights: None fetches the published file from the Hugging Face hub (``HF_HUB_OFFLINE=1`` restricts that
-            to its cache); a path reads a published safetensors file or a training checkpoint; ``"random"`` makes
-            a seeded random network, for trying things out, and warns about it.
+        model: ``"vit_up_dinov3_splus"`` or ``"vit_up_dinov3_base"``, as published (or ``"splus"``, ``"base"``);
+            ``"vit_up_dinov2_small"``, which ships with this library; ``"tiny"``; the path of a folder or file that
+            :meth:`Upsampler.save_pretrained` wrote, or ``"owner/name"`` of one on the hub, which say themselves
+            what they are; or the name of a timm vision transformer, with ``weights``.
+        weights: None takes the shipped file or fetches the published one from the Hugging Face hub
+            (``HF_HUB_OFFLINE=1`` restricts that to its cache); a path reads a safetensors file or a training
+            checkpoint; ``"random"`` makes a seeded random network, for trying things out, and warns about it.
         backbone_weights: None uses the backbone inside a training checkpoint, or lets timm fetch its published
             weights; a path reads public DINOv3 or DINOv2 weights (safetensors, a torch checkpoint, ONNX) or a timm
             state dict; ``"random"`` leaves the backbone as initialised.
         device: None takes a GPU if there is one.
         dtype: None means bfloat16 on a GPU and float32 on a CPU. Coordinates stay float32 in any case.
-        hidden_layer_img_size: see :class:`Upsampler`; None means 448, as published.
+        hidden_layer_img_size: see :class:`Upsampler`; None means what the file or the model's configuration says.
         query_chunk_size: see :class:`Upsampler`.
         max_memory: see :class:`Upsampler`.
         revision: commit, tag or branch of the hub's repository.
+        merge_adapters: False keeps LoRA apart from the backbone's weights (see :meth:`Backbone.merge_lora`).
 
     Raises:
-        WeightsUnavailableError: published weights cannot be fetched.
+        WeightsUnavailableError: weights cannot be fetched, or the shipped file is missing.
         CheckpointError: a file cannot be read, or does not fit the model.
         InputError: an argument that does not fit.
         MissingPackageError: an optional package is needed.
     """
-    name = ALIASES.get(model, model) if isinstance(model, str) else None
-    if name not in PRESET_OF:
-        raise expected("model", f"one of {sorted((*PRESET_OF, *ALIASES))}", repr(model))
+    return _load(
+        Upsampler,
+        lambda: find_model(model, weights, revision),
+        backbone_weights=backbone_weights,
+        device=device,
+        dtype=dtype,
+        hidden_layer_img_size=hidden_layer_img_size,
+        query_chunk_size=query_chunk_size,
+        max_memory=max_memory,
+        merge_adapters=merge_adapters,
+    )
+
+
+def _load(
+    cls: type[Upsampler],
+    find: Callable[[], Source],
+    *,
+    backbone_weights: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    hidden_layer_img_size: int | tuple[int, int] | None = None,
+    query_chunk_size: int | None = None,
+    max_memory: int | None = None,
+    merge_adapters: bool = True,
+) -> Upsampler:
+    """Check the arguments of :func:`load` and build what ``find`` finds then."""
     if dtype is not None:
         _check_dtype(dtype)
-    random = isinstance(weights, str) and weights == "random"
-    if weights is not None and not random:
-        weights = checkpoint_path("weights", weights)
-    backbone_weights = _backbone_source(backbone_weights)
+    backbone_weights = backbone_source(backbone_weights)
     device = _usable_device(device)
     query_chunk_size, max_memory = check_budget(query_chunk_size, max_memory)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = ViTUpConfig.preset(PRESET_OF[name])
-
     with plain_defaults():
-        if random:
-            network, vit = seeded_network(config)
-            if isinstance(backbone_weights, Path):
-                load_backbone(vit, backbone_weights)
-            warnings.warn(
-                f"{name}: these are seeded random weights, good for trying the library out; the features mean nothing.",
-                stacklevel=2,
-            )
-        else:
-            path = _fetch(name, revision) if weights is None else weights
-            published = split_published(read_tensors(path))
-            network = ViTUp(config)
-            load_strict(network, published.vit_up, brief(path, 300))
-            vit = _load_vit(config, backbone_weights, published)
-            if published.lora:
-                merge_lora(vit, published.lora)
-        upsampler = Upsampler(
+        source = find()
+        network, vit = read_parts(source, backbone_weights, merge_adapters=merge_adapters)
+        if hidden_layer_img_size is None and source.header is not None:
+            hidden_layer_img_size = source.header.hidden_layer_img_size
+        upsampler = cls(
             network,
             vit,
             hidden_layer_img_size=hidden_layer_img_size,
             query_chunk_size=query_chunk_size,
             max_memory=max_memory,
-            model_name=name,
-            weights=f"{HUB_REPOSITORY}@{revision}" if weights is None else str(weights),
+            model_name=source.name,
+            weights=source.label,
         )
         upsampler = upsampler.to(device, dtype).eval().requires_grad_(False)
         check_finite(upsampler.state_dict(), f"weights as {dtype}")
+    if source.path is None:
+        warnings.warn(
+            f"{source.name}: these are seeded random weights, good for trying the library out; "
+            "the features mean nothing.",
+            stacklevel=3,
+        )
     return upsampler
 
 
@@ -515,11 +687,9 @@ def _check_dtype(dtype: object) -> None:
         raise expected("dtype", "a floating torch.dtype of 16, 32 or 64 bits", repr(dtype))
 
 
-def _backbone_source(backbone_weights: object) -> Path | str | None:
-    """Return the path that the argument names, or "random", or None."""
-    if backbone_weights is None or (isinstance(backbone_weights, str) and backbone_weights == "random"):
-        return backbone_weights
-    return checkpoint_path("backbone_weights", backbone_weights)
+def _write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _usable_device(device: str | torch.device | int | None) -> torch.device:
@@ -534,53 +704,3 @@ def _usable_device(device: str | torch.device | int | None) -> torch.device:
             "device", "a torch device that this PyTorch can use, such as 'cpu' or 'cuda'", repr(device)
         ) from error
     raise expected("device", "a torch device that holds numbers, such as 'cpu' or 'cuda'", repr(device))
-
-
-def seeded_network(config: ViTUpConfig) -> tuple[ViTUp, Backbone]:
-    """Make a seeded random network, the same whatever PyTorch's defaults are, leaving its generators as they were.
-
-    Every part is active, but a query moves little on its walk and the decoders are close to the identity, so that
-    features show the image as a random patch embedding sees it.
-    """
-    with plain_defaults(), torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.default_generator.manual_seed(RANDOM_SEED)
-        network, vit = ViTUp(config), Backbone.create(config)
-        for block in network.vit_up_blocks:
-            nn.init.trunc_normal_(block.featx.gamma_beta_mlp.mlp[-1].weight, std=0.02)
-            updates = (block.transition_mlp.mlp[-1], block.cross_attention.out_proj, block.mlp.mlp[-1])
-            for weight in (*(layer.weight for layer in updates), block.norm_h_local.weight):
-                weight.mul_(RANDOM_UPDATE)
-        for decoder in network.decoder_mlp:
-            linear = decoder.mlp[-1].weight
-            linear.mul_(RANDOM_UPDATE).add_(torch.eye(config.dim, dtype=linear.dtype, device=linear.device))
-        return network, vit
-
-
-def _fetch(name: str, revision: str) -> Path:
-    """Fetch a published file from the hub, or from its cache."""
-    hub = require("huggingface_hub", "hub", "fetching published weights")
-    try:
-        return Path(hub.hf_hub_download(HUB_REPOSITORY, f"{name}.safetensors", revision=revision))
-    except Exception as error:
-        reason = brief(str(error).partition("\n")[0], 300) or type(error).__name__
-        raise WeightsUnavailableError(
-            f"weights: cannot fetch {name}.safetensors from {HUB_REPOSITORY}@{brief(revision)} ({reason}). "
-            "Pass weights=PATH to a local file, or weights='random' to try the library out."
-        ) from error
-
-
-def _load_vit(
-    config: ViTUpConfig, backbone_weights: Path | str | None, published: PublishedTensors
-) -> Backbone:
-    """Build the backbone from a file, from the checkpoint itself, from timm's published weights, or at random."""
-    if backbone_weights == "random":
-        return Backbone.create(config)
-    source = backbone_weights or published.backbone or None
-    if source is None:
-        try:
-            return Backbone.create(config, pretrained=True)
-        except InputError as error:
-            raise WeightsUnavailableError(str(error)) from error
-    vit = Backbone.create(config)
-    load_backbone(vit, source)
-    return vit

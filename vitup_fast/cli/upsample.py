@@ -17,9 +17,9 @@ from torch import Tensor
 from .. import __version__
 from ..errors import InputError, brief, expected, require
 from ..images import feature_picture, image_size, normalise, open_image, write_atomically
-from ..network.config import ViTUpConfig
 from ..network.model import check_size
-from ..upsampler import ALIASES, PRESET_OF, Upsampler, WeightsUnavailableError, load
+from ..sources import WeightsUnavailableError, find_model
+from ..upsampler import Upsampler, load
 from . import outputs
 from .guards import available_memory, enough_memory, interruptible
 from .outputs import Target, shown
@@ -42,7 +42,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--size", nargs=2, type=int, metavar=("H", "W"), help="rows and columns of features (one per pixel)"
     )
-    parser.add_argument("--model", default="splus", choices=sorted({*PRESET_OF, *ALIASES}), metavar="NAME")
+    parser.add_argument(
+        "--model",
+        default="splus",
+        metavar="NAME",
+        help="published model, timm model, file or folder, or owner/name on the hub",
+    )
     parser.add_argument("--weights", help="checkpoint file, or 'random' (published weights from the hub)")
     parser.add_argument("--backbone-weights", help="backbone file (published weights from the hub)")
     parser.add_argument("--backbone", dest="backbone_weights", help=argparse.SUPPRESS)
@@ -55,7 +60,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         nargs=2,
         type=int,
         metavar=("H", "W"),
-        help="image size for hidden states (448 448)",
+        help="image size for hidden states (what the model says, mostly 448 448)",
     )
     parser.add_argument(
         "--hidden-size", dest="hidden_layer_img_size", nargs=2, type=int, help=argparse.SUPPRESS
@@ -133,7 +138,7 @@ def _plan(args: argparse.Namespace, targets: list[Target], failures: list[InputE
     """Leave out images that cannot succeed, and check that memory and disk hold the results of the rest."""
     on_cpu = args.device.startswith("cpu") if args.device else not torch.cuda.is_available()
     dtype = DTYPES[args.dtype or ("float32" if on_cpu else "bfloat16")]
-    dim = ViTUpConfig.preset(PRESET_OF[ALIASES.get(args.model, args.model)]).dim
+    dim = find_model(args.model, args.weights, fetch=False).config.dim
     written = torch.float32 if args.save == "npy" and dtype == torch.bfloat16 else dtype
     if args.size:
         _check_memory("--size", check_size("--size", tuple(args.size)), dim, dtype, written)

@@ -39,6 +39,9 @@ class Backbone(nn.Module):
         model: timm model made with ``dynamic_img_size=True``; kept as ``.model``.
         layer_indices: depths to read; 0 is the embedding, i the output of block i (counted from 1).
 
+    Attributes:
+        adapters_merged: whether adapters have been folded into the weights, which then are no published ones.
+
     Raises:
         InputError: the model is no vision transformer with square patches, has too few blocks, or layers whose
             parameters are read (the patch embedding) do not compute what these say: wrappers, hooks.
@@ -53,6 +56,7 @@ class Backbone(nn.Module):
         if not self.layer_indices or max(self.layer_indices) > depth:
             raise expected("layer_indices", f"depths from 0 to {depth}, the model's last", self.layer_indices)
         self.model = model
+        self.adapters_merged = False
 
     @classmethod
     def create(cls, config: ViTUpConfig, *, pretrained: bool = False) -> Backbone:
@@ -229,16 +233,11 @@ class Backbone(nn.Module):
         """
         if not self._adapters():
             return
-        merged = {}
-        for module, names in _sites(self.model):
-            original, (adapter,) = module.parametrizations.weight.original, module.parametrizations.weight
-            merged[module] = merged_weight(original, adapter.lora_A, adapter.lora_B, adapter.scaling)
-            if not merged[module].isfinite().all():
-                raise expected("adapters", "finite merged weights", f"NaN or infinity in {names[0]}")
-        for module, weight in merged.items():
+        for module, weight in self._merged_weights().items():
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
             with torch.no_grad():
                 module.weight.copy_(weight)
+        self.adapters_merged = True
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:
@@ -267,6 +266,52 @@ class Backbone(nn.Module):
                 tensors[lora_key(name, "A")] = a.view(a_shape)
                 tensors[lora_key(name, "B")] = b.view(b_shape)
         return tensors
+
+    def weights_state_dict(self, *, merge_adapters: bool = False) -> dict[str, Tensor]:
+        """Return the model's tensors under timm's names, whether it has adapters or not.
+
+        Args:
+            merge_adapters: return weights into which the adapters are folded; the model keeps them apart.
+
+        Raises:
+            InputError: a layer is parametrized by something else than adapters, or a merged weight is not finite.
+        """
+        merged = self._merged_weights() if merge_adapters and self._adapters() else {}
+        folded = {f"{name}.weight": merged[m] for name, m in self.model.named_modules() if m in merged}
+        tensors = {}
+        for name, tensor in self.model.state_dict().items():
+            owner, _, rest = name.partition(".parametrizations.")
+            if rest:
+                if rest.startswith("weight.0.lora_"):
+                    continue
+                made = self.model.get_submodule(owner).parametrizations
+                if rest != "weight.original" or not isinstance(made.weight[0], LoRA) or len(made.weight) > 1:
+                    raise expected("backbone", "plain layers and adapters", f"a parametrization of {owner}")
+                name = f"{owner}.weight"
+            tensors[name] = folded.get(name, tensor.detach())
+        return tensors
+
+    @property
+    def lora_scaling(self) -> float | None:
+        """The scaling alpha / r of the adapters; None without any.
+
+        Raises:
+            InputError: adapters have different scalings, which no file can say.
+        """
+        scalings = {adapter.scaling for adapter in self._adapters()}
+        if len(scalings) > 1:
+            raise expected("adapters", "one scaling", sorted(scalings))
+        return scalings.pop() if scalings else None
+
+    def _merged_weights(self) -> dict[nn.Module, Tensor]:
+        """Return the weights of all adapted layers with their adapters folded in."""
+        merged = {}
+        for module, names in _sites(self.model):
+            original, (adapter,) = module.parametrizations.weight.original, module.parametrizations.weight
+            merged[module] = merged_weight(original, adapter.lora_A, adapter.lora_B, adapter.scaling)
+            if not merged[module].isfinite().all():
+                raise expected("adapters", "finite merged weights", f"NaN or infinity in {names[0]}")
+        return merged
 
     def _adapters(self) -> list[LoRA]:
         """List the adapters in the order of their layers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pickle
@@ -10,13 +11,14 @@ import stat
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, InputError, brief, expected, require
-from ..ops.checks import FEATURE_DTYPES, check_plain, check_values
+from ..images import write_atomically
+from ..ops.checks import FEATURE_DTYPES, check_count, check_plain, check_values
 from .backbone import (
     PUBLISHED_LORA_SCALING,
     Backbone,
@@ -27,8 +29,10 @@ from .backbone import (
     lora_sites,
     merged_weight,
 )
-from .config import PRESETS
+from .config import PRESETS, ViTUpConfig
+from .onnx_file import PATCH_EMBEDDING, read_onnx
 
+_HEADER_KEY = "vitup_fast"
 _LISTED_NAMES = 8
 _TRAINING_PREFIXES = {"model", "module", "vit_up", "vit_up_pl", "vit_up_pl_v2"}
 _OLD_NAMES = (
@@ -42,8 +46,16 @@ _LORA_NAME = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _QKV_NAME = re.compile(
     r"(?:encoder\.)?layer\.(\d+)\.attention\.(?:attention\.)?(q|k|v|query|key|value)(?:_proj)?\.(weight|bias)"
 )
-_DINOV2_NAME = re.compile(r"(.*?)embeddings\.patch_embeddings\.projection\.weight")
-_SWIGLU_NAME = (r"\.mlp\.w(12|3)\.", lambda match: {"12": ".mlp.fc1.", "3": ".mlp.fc2."}[match[1]])
+_AUTHORS_NAMES = (  # of DINOv2, then of DINOv3 alone
+    (r"(?:register|storage)_tokens", "reg_token"),
+    (r"(.+\.mlp)\.w12\.(.+)", r"\1.fc1.\2"),
+    (r"(.+\.mlp)\.w3\.(.+)", r"\1.fc2.\2"),
+    (r"(.+\.mlp)\.w1\.(.+)", r"\1.fc1_g.\2"),
+    (r"(.+\.mlp)\.w2\.(.+)", r"\1.fc1_x.\2"),
+    (r"(.+)\.ls([12])\.gamma", r"\1.gamma_\2"),
+)
+_AUTHORS_BIAS = re.compile(r"blocks\.(\d+)\.attn\.qkv\.bias")
+_UNUSED_NAMES = re.compile(r"mask_token|rope_embed\..+|local_cls_norm\..+|.+\.bias_mask")
 _WIDTH_NAMES = ("decoder_mlp.0.mlp.0.weight", "norm.weight")
 
 
@@ -77,6 +89,29 @@ def checkpoint_path(argument: str, path: str | bytes | os.PathLike[str]) -> Path
     raise expected(argument, "the path of a file", "an empty one")
 
 
+def check_file(path: Path) -> None:
+    """Check that a path leads to a file with something in it.
+
+    Raises:
+        CheckpointError: it does not.
+
+    """
+    shown = brief(path, 300)
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(
+            f"{shown}: " + ("a link to no file." if path.is_symlink() else "no such file.")
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{shown}: not a readable checkpoint ({_reason(error)}).") from error
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+        raise CheckpointError(f"{shown}: expected a checkpoint file, got {kind}.")
+    if not status.st_size:
+        raise CheckpointError(f"{shown}: the file is empty.")
+
+
 def read_tensors(path: str | bytes | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the tensors of a ``.safetensors`` or ``.onnx`` file, or of a torch checkpoint, onto the CPU.
 
@@ -92,22 +127,10 @@ def read_tensors(path: str | bytes | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = checkpoint_path("path", path)
     shown = brief(path, 300)
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(
-            f"{shown}: " + ("a link to no file." if path.is_symlink() else "no such file.")
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{shown}: not a readable checkpoint ({_reason(error)}).") from error
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
-        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-        raise CheckpointError(f"{shown}: expected a checkpoint file, got {kind}.")
-    if not status.st_size:
-        raise CheckpointError(f"{shown}: the file is empty.")
+    check_file(path)
     try:
         if path.suffix == ".onnx":
-            content = _read_onnx(path)
+            content = read_onnx(path)
         elif path.suffix == ".safetensors":
             content = require("safetensors.torch", "timm", "reading .safetensors files").load_file(path)
         else:
@@ -126,6 +149,89 @@ def read_tensors(path: str | bytes | os.PathLike[str]) -> dict[str, Tensor]:
     if not content:
         raise CheckpointError(f"{shown}: holds no tensors.")
     return _named_tensors(content, shown)
+
+
+class Header(NamedTuple):
+    """What a file that this library wrote says of itself, in the metadata of its safetensors header.
+
+    Attributes:
+        config: sizes of the network, name and options of the backbone.
+        hidden_layer_img_size: height and width in pixels of the image from which hidden states are computed.
+        lora_scaling: alpha / r of the adapters in the file.
+        adapters_merged: whether adapters are folded into the backbone that the file holds.
+
+    """
+
+    config: ViTUpConfig
+    hidden_layer_img_size: tuple[int, int]
+    lora_scaling: float = PUBLISHED_LORA_SCALING
+    adapters_merged: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON knows them."""
+        return {**self._asdict(), "config": self.config.to_dict()}
+
+
+def read_header(path: Path) -> Header | None:
+    """Read what a file says of itself; None for one that does not come from this library.
+
+    Raises:
+        CheckpointError: the file is no safetensors file, or says what this version does not understand.
+
+    """
+    if path.suffix != ".safetensors":
+        return None
+    safetensors = require("safetensors", "timm", "reading .safetensors files")
+    check_file(path)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_HEADER_KEY)
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise CheckpointError(f"{brief(path, 300)}: not a readable checkpoint ({_reason(error)}).") from error
+    if text is None:
+        return None
+    try:
+        fields = json.loads(text)
+        height, width = (check_count("hidden_layer_img_size", n) for n in fields.pop("hidden_layer_img_size"))
+        header = Header(ViTUpConfig.from_dict(fields.pop("config")), (height, width), **fields)
+        check_scaling(header.lora_scaling)
+        if not isinstance(header.adapters_merged, bool):
+            raise expected("adapters_merged", "true or false", repr(header.adapters_merged))
+    except (InputError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{brief(path, 300)}: its configuration is none that this version of vitup_fast reads ({_reason(error)})."
+        ) from error
+    return header
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Header) -> None:
+    """Write tensors, bit for bit, and a header to a safetensors file, whole or not at all.
+
+    Raises:
+        InputError: the file cannot be written, the configuration does not fit into JSON, or tensors hold no values
+            or NaN or infinity, with which they could not be loaded.
+        MissingPackageError: safetensors is not installed.
+
+    """
+    safetensors = require("safetensors.torch", "timm", "writing .safetensors files")
+    shown = brief(path, 300)
+    tensors = _named_tensors(tensors, shown)
+    check_finite(tensors, shown)
+    try:
+        text = json.dumps(header.to_dict())
+    except (TypeError, ValueError) as error:
+        raise expected("backbone_options", "values that JSON knows", f"others ({_reason(error)})") from error
+    # Copies, because files know no shared memory.
+    plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+    def write(temporary: Path) -> None:
+        """Write to a path, and let what the writer raises be an OSError."""
+        try:
+            safetensors.save_file(plain, temporary, {"format": "pt", _HEADER_KEY: text})
+        except require("safetensors", "timm", "writing .safetensors files").SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_atomically(path, write)
 
 
 def split_published(tensors: Mapping[str, Tensor]) -> PublishedTensors:
@@ -178,7 +284,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     ]
     if any(problems):
         fault = "; ".join(filter(None, problems))
-        raise CheckpointError(f"{source}: does not fit the network: {fault}.{_width_hint(own, tensors)}")
+        raise CheckpointError(f"{source}: does not fit the network: {fault}.{_size_hint(own, tensors)}")
     _copy_all({name: (target, tensors[name]) for name, target in own.items()}, source)
 
 
@@ -204,7 +310,7 @@ def timm_names(
 
     Args:
         tensors: under the public names of DINOv3 or DINOv2 (Hugging Face's ``Dinov2Model``), whatever stands before
-            them, or under timm's or the DINOv2 authors' names.
+            them, or under timm's names or those of the models' authors.
         model: the timm model; one without q and v biases takes zero biases only.
         source: where the tensors come from, for the message.
 
@@ -222,9 +328,7 @@ def timm_names(
     projections: dict[tuple[str, str, str], Tensor] = {}
     unknown = []
     if any(name.startswith(("blocks.", "patch_embed.")) for name in tensors):
-        renamed = {re.sub(*_SWIGLU_NAME, name): t for name, t in tensors.items() if name != "mask_token"}
-        if "register_tokens" in renamed:
-            renamed["reg_token"] = renamed.pop("register_tokens")
+        renamed, projections = _authors_names(tensors, source)
     else:
         public = _public_names(tensors, source)
         gated = any(".mlp.gate_proj." in name for name in public)
@@ -241,13 +345,12 @@ def timm_names(
         raise CheckpointError(
             f"{source}: not weights of DINOv3 or DINOv2: {_listing('unexpected', unknown)}."
         )
-    if "reg_token" in own and "pos_embed" in own and "cls_token" in renamed and "pos_embed" in renamed:
-        table, wanted = renamed["pos_embed"], own["pos_embed"].shape
-        if (
-            table.ndim == 3 and table.shape[1] == wanted[1] + 1
-        ):  # timm adds the class token's position beforehand
-            renamed["cls_token"] = renamed["cls_token"] + table[:, :1]
-            renamed["pos_embed"] = table[:, 1:]
+    if "reg_token" in own and "pos_embed" in own and {"cls_token", "pos_embed"} <= renamed.keys():
+        cls, table = renamed["cls_token"], renamed["pos_embed"]
+        _, positions, width = own["pos_embed"].shape
+        # timm has added the class token's position beforehand.
+        if cls.shape == (1, 1, width) and table.shape == (1, positions + 1, width):
+            renamed |= {"cls_token": cls + table[:, :1], "pos_embed": table[:, 1:]}
     return renamed | _fused_projections(projections, own, source)
 
 
@@ -295,6 +398,7 @@ def merge_lora(
         for site, lora_a, lora_b in _matched_adapters(backbone, lora_tensors)
     }
     _copy_all(merged, "LoRA adapters merged into the backbone")
+    backbone.adapters_merged = True
 
 
 def attach_lora(
@@ -350,7 +454,7 @@ def _public_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tenso
 
     A model around a DINOv2 backbone has a decoder or classifier beside it, which is left out.
     """
-    embedding = next((match for name in tensors if (match := _DINOV2_NAME.fullmatch(name))), None)
+    embedding = next((match for name in tensors if (match := PATCH_EMBEDDING.fullmatch(name))), None)
     public: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if embedding and not key.startswith(embedding[1]):
@@ -361,6 +465,30 @@ def _public_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tenso
         public[name] = tensor
     public.pop("embeddings.mask_token", None)
     return public
+
+
+def _authors_names(
+    tensors: Mapping[str, Tensor], source: str
+) -> tuple[dict[str, Tensor], dict[tuple[str, str, str], Tensor]]:
+    """Give tensors of timm, or of the authors of DINOv2 and DINOv3, timm's names; return biases of q, k and v apart."""
+    dinov3 = "storage_tokens" in tensors
+    rules = _AUTHORS_NAMES if dinov3 else _AUTHORS_NAMES[:3]
+    renamed: dict[str, Tensor] = {}
+    biases: dict[tuple[str, str, str], Tensor] = {}
+    for name, tensor in tensors.items():
+        if _UNUSED_NAMES.fullmatch(name):
+            continue
+        match = _AUTHORS_BIAS.fullmatch(name) if dinov3 else None
+        if match and tensor.ndim == 1:
+            mask = tensors.get(f"{name}_mask")  # hides the bias of k
+            bias = tensor.where(mask == 1, 0) if mask is not None and mask.shape == tensor.shape else tensor
+            biases |= {(match[1], part, "bias"): t for part, t in zip("qkv", bias.chunk(3), strict=False)}
+            continue
+        target = next((m.expand(new) for old, new in rules if (m := re.fullmatch(old, name))), name)
+        if target in renamed:
+            raise CheckpointError(f"{source}: {brief(target)!r} is there twice, under different names.")
+        renamed[target] = tensor
+    return renamed, biases
 
 
 def _timm_name(name: str, gated: bool) -> str | None:
@@ -477,36 +605,6 @@ def _fused_projections(
     return fused
 
 
-def _read_onnx(path: Path) -> dict[str, Tensor]:
-    """Read the parameters of an ONNX file under their PyTorch names.
-
-    Exporting transposes the matrices of linear layers and takes their names, and cuts position tables in two: a matrix
-    is named after the bias that is added to its product, and the tables are joined.
-    """
-    onnx = require("onnx", "onnx", "reading .onnx files")
-    graph = onnx.load(path).graph
-    tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
-    added = {}
-    for node in graph.node:
-        if node.op_type == "Add":
-            for product, bias in (node.input, reversed(node.input)):
-                added[product] = bias
-    for node in graph.node:
-        bias = added.get(node.output[0], "") if node.op_type == "MatMul" else ""
-        name = f"{bias.removesuffix('bias')}weight"
-        if bias.endswith(".bias") and bias in tensors and node.input[1] in tensors and name not in tensors:
-            tensors[name] = tensors[node.input[1]].T.contiguous()  # [out, in]
-    named = {name: tensor for name, tensor in tensors.items() if "::" not in name}
-    if embedding := next((match for name in named if (match := _DINOV2_NAME.fullmatch(name))), None):
-        table = f"{embedding[1]}embeddings.position_embeddings"
-        width = len(named[embedding[0]])
-        anonymous = [t for name, t in tensors.items() if "::" in name and t.ndim == 3]
-        halves = sorted((t for t in anonymous if t.shape[::2] == (1, width)), key=lambda half: half.shape[1])
-        if table not in named and len(halves) == 2:
-            named[table] = torch.cat(halves, dim=1)  # [1, 1 + h w, D]
-    return named
-
-
 def _matched_adapters(
     backbone: Backbone, tensors: Mapping[str, Tensor]
 ) -> list[tuple[LoRASite, Tensor, Tensor]]:
@@ -614,8 +712,8 @@ def _described(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}" + ("" if tensor.dtype in FEATURE_DTYPES else f" {tensor.dtype}")
 
 
-def _width_hint(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
-    """Say so if the checkpoint belongs to a network of another width."""
+def _size_hint(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """Say so if the checkpoint belongs to a network of another width or number of blocks."""
     for name in _WIDTH_NAMES:
         if name in own and name in tensors and own[name].shape != tensors[name].shape:
             got, wanted = (
@@ -623,7 +721,11 @@ def _width_hint(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str
                 for width in (tensors[name].numel(), own[name].numel())
             )
             return f" The checkpoint is for {got}, the network has {wanted}."
-    return ""
+    got, wanted = (
+        len({name.split(".")[1] for name in names if name.startswith("vit_up_blocks.")})
+        for names in (tensors, own)
+    )
+    return f" The checkpoint has {got} blocks, the network {wanted}." if got != wanted else ""
 
 
 def _reason(error: Exception) -> str:

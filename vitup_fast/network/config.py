@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import expected
 from ..ops.checks import check_count
@@ -77,9 +79,33 @@ class ViTUpConfig:
         """Number L of backbone depths read; the network has L - 1 blocks and L decoders."""
         return len(self.layer_indices)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON knows them: lists for tuples, an object for the options."""
+        fields = {**dataclasses.asdict(self), "backbone_options": dict(self.backbone_options)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ViTUpConfig:
+        """Make a configuration of what :meth:`to_dict` returned, also when JSON has been between.
+
+        Raises:
+            InputError: a field is missing, unknown, or does not fit.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(fields, Mapping) or sorted(fields) != sorted(names):
+            got = list(fields) if isinstance(fields, Mapping) else type(fields).__name__
+            raise expected("config", f"the fields {', '.join(names)}", got)
+        options = fields["backbone_options"]
+        if not isinstance(options, Mapping):
+            raise expected("backbone_options", "named options", repr(options))
+        return cls(**{**fields, "backbone_options": tuple((n, _frozen(v)) for n, v in options.items())})
+
     @classmethod
     def preset(cls, name: str) -> ViTUpConfig:
-        """Return a configuration: ``"dinov3_splus"``, ``"dinov3_base"`` (published), ``"dinov2_small"`` or ``"tiny"``.
+        """Return a configuration by name.
+
+        Args:
+            name: the published ``"dinov3_splus"`` and ``"dinov3_base"``, ``"dinov2_small"``, or ``"tiny"`` for tests.
 
         Raises:
             InputError: the name is unknown.
@@ -87,6 +113,11 @@ class ViTUpConfig:
         if not isinstance(name, str) or name not in PRESETS:
             raise expected("name", f"one of {sorted(PRESETS)}", repr(name))
         return PRESETS[name]
+
+
+def _frozen(value: object) -> object:
+    """Return tuples for JSON's lists."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 PRESETS = {
