@@ -593,6 +593,7 @@ def load(
     max_memory: int | None = None,
     revision: str = HUB_REVISION,
     merge_adapters: bool = True,
+    backbone: str | os.PathLike[str] | None = None,
 ) -> Upsampler:
     """Load a ViT-Up model for inference: parameters frozen, LoRA merged into the backbone.
 
@@ -616,6 +617,7 @@ def load(
         max_memory: see :class:`Upsampler`.
         revision: commit, tag or branch of the hub's repository.
         merge_adapters: False keeps LoRA apart from the backbone's weights (see :meth:`Backbone.merge_lora`).
+        backbone: the earlier name of ``backbone_weights``.
 
     Raises:
         WeightsUnavailableError: weights cannot be fetched, or the shipped file is missing.
@@ -623,6 +625,10 @@ def load(
         InputError: an argument that does not fit.
         MissingPackageError: an optional package is needed.
     """
+    if backbone is not None:
+        if backbone_weights is not None:
+            raise expected("backbone", "nothing beside backbone_weights, whose earlier name it is", backbone)
+        backbone_weights = backbone
     return _load(
         Upsampler,
         lambda: find_model(model, weights, revision),

@@ -434,16 +434,10 @@ class Run:
         self.optimiser.load_state_dict(saved["optimiser"])
         self.step = int(saved["step"])
 
-    def export(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write the network, averaged if the run averages, and its adapters under their published names."""
-        save = require("safetensors.torch", "train", "writing a network").save_file
+    def export(self, path: Path, dtype: torch.dtype | None = None) -> None:
+        """Write the network, averaged if the run averages, and its adapters, for ``load(path)``; no backbone."""
         with self.averaged():
-            tensors = {n: t.detach().to("cpu") for n, t in self.upsampler.vit_up.state_dict().items()}
-            frozen = {n for n, _ in self.upsampler.vit_up.named_buffers()}
-            tensors = {n: (t if n in frozen else t.to(dtype)).contiguous() for n, t in tensors.items()}
-            adapters = self.upsampler.backbone.lora_state_dict()
-            tensors |= {n: t.to("cpu", dtype).contiguous() for n, t in adapters.items()}
-            write_atomically(path, lambda file: save({n: t.clone() for n, t in tensors.items()}, file))
+            self.upsampler.save_pretrained(path, include_backbone=False, dtype=dtype)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
