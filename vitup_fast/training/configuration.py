@@ -24,8 +24,8 @@ class TrainingConfig:
 
     Attributes:
         network: preset of :class:`~vitup_fast.network.config.ViTUpConfig` that is trained.
-        start: ``"random"``, or ``"interpolation"``: the network begins by interpolating the backbone's hidden
-            states, which few pictures suffice to improve on.
+        start: ``"random"``; ``"interpolation"``: the network begins by interpolating the backbone's hidden states,
+            which few pictures suffice to improve on; or the path of a trained network to go on from.
         data: folders of pictures, searched through, and tar files of them (WebDataset shards).
         cutouts: folder of pictures with alpha that are pasted on the crops; empty for none.
         cutout_probability: share of the crops that get cut-outs.
@@ -109,8 +109,8 @@ class TrainingConfig:
             )
         if self.network not in PRESETS:
             raise expected("network", f"one of {sorted(PRESETS)}", repr(self.network))
-        if self.start not in STARTS:
-            raise expected("start", f"one of {STARTS}", repr(self.start))
+        if self.start not in STARTS and not Path(self.start).is_file():
+            raise expected("start", f"one of {STARTS}, or the path of a network", repr(self.start))
         if self.checkpoint not in CHECKPOINTS:
             raise expected("checkpoint", f"one of {CHECKPOINTS}", repr(self.checkpoint))
         for name in ("crop_scale", "relative_size"):

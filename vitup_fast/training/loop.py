@@ -26,7 +26,7 @@ from ..errors import InputError, brief, expected, require
 from ..images import colours, panels, principal_colours, write_atomically
 from ..network.config import ViTUpConfig
 from ..upsampler import Upsampler
-from .configuration import TrainingConfig
+from .configuration import STARTS, TrainingConfig
 from .data import STEP, Crops, Placement
 from .start import start_as_interpolation
 from .supervision import Batch, Geometry, accumulate_gradients
@@ -161,6 +161,7 @@ class Run:
         self.upsampler = Upsampler.create(
             network.backbone,
             network.layer_indices,
+            weights=None if config.start in STARTS or saved is not None else config.start,
             backbone_weights=backbone_weights,
             device=device,
             backbone_options=dict(network.backbone_options),
@@ -173,7 +174,7 @@ class Run:
         backbone.model.eval()
         self.teacher = Teacher(backbone, config)
         self.examples = Examples(config, self.crops, self.teacher)
-        if config.lora_rank:
+        if config.lora_rank and not backbone.lora_parameters():
             backbone.add_lora(config.lora_rank)
         self.parameters = dict(self.upsampler.vit_up.named_parameters())
         self.parameters |= {f"lora.{n}": p for n, p in enumerate(backbone.lora_parameters())}
