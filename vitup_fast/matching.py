@@ -1,0 +1,122 @@
+"""Where points of one image lie in another: the best cell of a coarse map, refined at continuous coordinates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import expected
+from .ops.checks import COORDINATE_DTYPES, check_tensor
+
+POINTS_AT_ONCE = 1024
+REACH = 2  # steps looked at to each side
+FINEST_STEP = 0.25  # pixels
+
+
+class Matches(NamedTuple):
+    """Where points were found, and how alike the features are there."""
+
+    points: Tensor  # [N, 2] (x, y)
+    similarity: Tensor  # [N] cosine
+
+
+def check_points(name: str, points: Tensor) -> None:
+    """Check points: ``(N, 2)``, finite, float32 or float64."""
+    check_tensor(name, points, "(N, 2)")
+    if points.dim() != 2 or points.shape[1] != 2:
+        raise expected(name, "shape (N, 2) holding (x, y)", tuple(points.shape))
+    if points.dtype not in COORDINATE_DTYPES:
+        raise expected(name, "dtype float32 or float64", points.dtype)
+    if not points.isfinite().all():
+        raise expected(name, "finite coordinates", "NaN or infinity")
+
+
+def find_matches(
+    features: Tensor,  # [N, D]
+    coarse_map: Tensor,  # [h, w, D]
+    features_at: Callable[[Tensor], Tensor],
+    size: tuple[int, int],
+) -> Matches:
+    """Find where an image's features are most like given ones (by cosine), to a fraction of a pixel.
+
+    Around the best cell of the coarse map the image's features are asked for at continuous coordinates, at half the
+    distance each time, down to a quarter of a pixel; the peak of a parabola through the last values is the answer.
+    This looks around instead of following a gradient because features may jump where the nearest token changes.
+
+    Args:
+        features: the features to find.
+        coarse_map: the image's features at the cell centres of a grid.
+        features_at: gives the image's features ``[M, D]`` at coordinates ``[M, 2]``, (x, y) in [0, 1].
+        size: height and width of the image in pixels.
+
+    Returns:
+        Coordinates (x, y) in [0, 1] and similarities, float32.
+    """
+    h, w, _ = coarse_map.shape
+    cells = _unit(coarse_map).flatten(0, 1)  # [h * w, D]
+    cell = torch.tensor((1 / w, 1 / h), dtype=torch.float32, device=cells.device)
+    cell_pixels = max(size[0] / h, size[1] / w)
+    levels = 1 + max(0, math.ceil(math.log2(cell_pixels / (REACH * FINEST_STEP))))
+    found = []
+    for wanted in _unit(features).split(POINTS_AT_ONCE):
+        best = (wanted @ cells.T).argmax(dim=1)  # [n]
+        centre = (torch.stack((best % w, best // w), dim=1) + 0.5) * cell  # [n, 2]
+        for level in range(levels):
+            step = cell / (REACH * 2**level)
+            around = _look_around(wanted, centre, step, features_at)  # [n, rows, columns]
+            similarity, best = around.flatten(1).max(dim=1)
+            side = around.shape[1]
+            moved = torch.stack((best % side, best // side), dim=1) - REACH  # [n, 2]
+            # Where all is alike, nothing is better than where we are.
+            moved = moved * (similarity > around[:, REACH, REACH])[:, None]
+            centre = (centre + moved * step).clamp(0, 1)
+        centre = (centre + _peak(around, moved) * step).clamp(0, 1)
+        found.append(Matches(centre, similarity))
+    return Matches(*map(torch.cat, zip(*found, strict=True)))
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Scale feature vectors to length one, in float32."""
+    return F.normalize(features.to(torch.float32), dim=-1)
+
+
+def _look_around(
+    wanted: Tensor,  # [n, D]
+    centre: Tensor,  # [n, 2]
+    step: Tensor,  # [2]
+    features_at: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return the similarity at ``REACH`` steps to each side of every point.  # [n, rows, columns]"""
+    offsets = torch.arange(-REACH, REACH + 1, dtype=torch.float32, device=centre.device)
+    y, x = torch.meshgrid(offsets, offsets, indexing="ij")
+    places = centre[:, None, None] + torch.stack((x, y), dim=-1) * step  # [n, rows, columns, 2]
+    features = features_at(places.clamp(0, 1).flatten(0, 2)).view(*places.shape[:3], wanted.shape[1])
+    return torch.einsum("nrcd,nd->nrc", _unit(features), wanted)
+
+
+def _peak(around: Tensor, best: Tensor) -> Tensor:
+    """Return how many steps from the best value a parabola through it and its neighbours peaks.  # [n, 2]
+
+    Args:
+        around: similarities.  # [n, rows, columns]
+        best: column and row of the best, counted from the middle.  # [n, 2]
+    """
+    last = around.shape[1] - 1
+    column, row = (best + REACH).unbind(dim=1)
+    n = torch.arange(len(around), device=around.device, dtype=torch.int64)
+    here = around[n, row, column]
+    peaks = []
+    for before, after, place in (
+        (around[n, row, (column - 1).clamp(0)], around[n, row, (column + 1).clamp(max=last)], column),
+        (around[n, (row - 1).clamp(0), column], around[n, (row + 1).clamp(max=last), column], row),
+    ):
+        bend = before - 2 * here + after
+        inside = (place > 0) & (place < last) & (bend < 0)
+        peak = (before - after) / (2 * bend)
+        peaks.append(torch.where(inside, peak, 0).clamp(-0.5, 0.5))
+    return torch.stack(peaks, dim=1)
