@@ -13,6 +13,7 @@ from typing import IO, Any, TypeVar
 from ..errors import InputError, brief, expected, require
 from ..images import write_atomically
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 MOST_BROKEN = 0.1  # of all pictures; one at least
@@ -42,26 +43,26 @@ def pictures_below(folder: Path, what: str) -> list[Path]:
     return found
 
 
-def read_sound(paths: Sequence[Path], read: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:
-    """Read one file after another, leaving out broken ones with a warning, as long as they are few.
+def read_sound(sources: Sequence[S], read: Callable[[S], T]) -> Iterator[tuple[S, T]]:
+    """Read one picture after another, leaving out broken ones with a warning, as long as they are few.
 
     Raises:
         InputError: none could be read, or more than a tenth could not.
     """
     broken: list[str] = []
-    allowed = max(1, int(MOST_BROKEN * len(paths)))
-    for path in paths:
+    allowed = max(1, int(MOST_BROKEN * len(sources)))
+    for source in sources:
         try:
-            content = read(path)
+            content = read(source)
         except InputError as error:
             broken.append(str(error))
-            if len(broken) > allowed or len(broken) == len(paths):
+            if len(broken) > allowed or len(broken) == len(sources):
                 raise InputError(
-                    f"{len(broken)} of {len(paths)} pictures are broken, the last: {error} Mend or remove them."
+                    f"{len(broken)} of {len(sources)} pictures are broken, the last: {error} Mend or remove them."
                 ) from error
             warnings.warn(f"{error} It is left out ({len(broken)} so far).", stacklevel=2)
             continue
-        yield path, content
+        yield source, content
 
 
 def digest(*parts: object) -> str:
