@@ -22,6 +22,7 @@ from .features import (
     FeatureFunction,
     ImageFeatures,
     TokenFeatures,
+    frozen_backbone,
     hidden_states,
     methods_of,
 )
@@ -57,7 +58,7 @@ def measure_faithfulness(
     functions: Mapping[str, FeatureFunction] | None = None,
     journal: Journal | None = None,
     drawings: Path | None = None,
-    progress: Callable[[], object] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[Faithfulness]:
     """Compare features with those that the frozen backbone has of an image with more pixels.
 
@@ -74,8 +75,8 @@ def measure_faithfulness(
         teacher: the backbone without adapters, if that of the model has them merged.
         functions: other upsamplers by their names.
         journal: keeps what is done, for a run that is cut off.
-        drawings: folder for drawings of the features, one for each picture.
-        progress: called after every picture.
+        drawings: an existing folder for drawings of the features, one for each picture.
+        progress: called with 1 after every picture.
 
     Returns:
         One row for each picture, scale, method and depth.
@@ -83,7 +84,7 @@ def measure_faithfulness(
     Raises:
         InputError: no usable picture, or sizes that do not fit.
     """
-    frozen = model.backbone if teacher is None else teacher
+    frozen = frozen_backbone(model, teacher)
     height, width = model.hidden_layer_img_size
     if height != width:
         raise expected("hidden_layer_img_size", "a square", f"{height} x {width}")
@@ -114,7 +115,7 @@ def measure_faithfulness(
                 rows += _compare(scale, name, model.vit_up.config.layer_indices, layers, truth, seconds)
         if drawings is not None:
             drawn = draw_faithfulness(image, maps)
-            target = drawings / f"{path.stem}_features.png"
+            target = drawings / f"{path.stem}_{digest(path)[:6]}.png"
             write_atomically(target, lambda temporary: drawn.save(temporary, format="PNG"))
         return rows
 
@@ -125,7 +126,7 @@ def measure_faithfulness(
         rows = journal(key, lambda path=path, image=image: measure(path, image))
         results += [Faithfulness(shown(path), *row) for row in rows]
         if progress is not None:
-            progress()
+            progress(1)
     return results
 
 

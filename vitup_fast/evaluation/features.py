@@ -21,7 +21,7 @@ from ..upsampler import Upsampler
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-NEAREST, BILINEAR, VIT_UP = "nearest", "bilinear", "ViT-Up"
+BUILT_IN = NEAREST, BILINEAR, VIT_UP = "nearest", "bilinear", "ViT-Up"
 
 Size: TypeAlias = tuple[int, int]
 Head: TypeAlias = tuple[Tensor, Tensor]  # weight [C, D], bias [C]
@@ -188,6 +188,24 @@ def hidden_states(backbone: Backbone, image: Image, size: Size) -> list[Tensor]:
         return [h[0] for h in backbone.hidden_states(pixels, size)]
 
 
+def frozen_backbone(model: Upsampler, teacher: Backbone | None) -> Backbone:
+    """Return the backbone whose features are the truth: that of the model, unless adapters are merged into it.
+
+    Raises:
+        InputError: they are, and no other backbone is given; or it does not fit.
+    """
+    if teacher is None and model.backbone.adapters_merged:
+        got = "none, and the adapters of the model's backbone are merged"
+        raise expected("teacher", "the backbone without adapters", got, "Pass its published weights.")
+    backbone = model.backbone if teacher is None else teacher
+    if backbone.dim != model.backbone.dim or backbone.layer_indices != model.backbone.layer_indices:
+        wanted = (
+            f"width {model.backbone.dim} and depths {model.backbone.layer_indices} like the model's backbone"
+        )
+        raise expected("teacher", wanted, f"width {backbone.dim} and depths {backbone.layer_indices}")
+    return backbone
+
+
 def methods_of(
     model: Upsampler,
     size: Size | None = None,
@@ -208,7 +226,7 @@ def methods_of(
     size = model.hidden_layer_img_size if size is None else size
     at_size = Upsampler(model.vit_up, model.backbone, hidden_layer_img_size=size)
     budget = {"query_chunk_size": model.query_chunk_size, "max_memory": model.max_memory}
-    frozen = model.backbone if teacher is None else teacher
+    frozen = frozen_backbone(model, teacher)
 
     def upsampled(image: Image) -> UpsampledFeatures:
         with torch.no_grad():

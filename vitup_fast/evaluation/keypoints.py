@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ from ..matching import find_matches
 from ..network.backbone import Backbone
 from ..upsampler import Upsampler
 from .features import FeatureFunction, Method, methods_of
-from .files import Journal, digest, markdown, read_json, shown
+from .files import Journal, digest, markdown, read_json, read_sound, shown
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 THRESHOLDS = (0.1, 0.05, 0.01)  # of the longer side of the object's box
 
@@ -115,7 +118,7 @@ def measure_matching(
     teacher: Backbone | None = None,
     functions: Mapping[str, FeatureFunction] | None = None,
     journal: Journal | None = None,
-    progress: Callable[[], object] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[MatchingScore]:
     """Find the first picture's points in the second, and count those that lie close to the true ones.
 
@@ -128,43 +131,42 @@ def measure_matching(
         teacher: the backbone without adapters, if that of the model has them merged.
         functions: other upsamplers by their names.
         journal: keeps what is done, for a run that is cut off.
-        progress: called after every pair.
+        progress: called with 1 after every pair.
 
     Returns:
         A row for each method.
 
     Raises:
-        InputError: a picture that cannot be read.
+        InputError: too many pairs with pictures that cannot be read; a few are left out with a warning.
     """
     if not pairs:
         raise expected("pairs", "at least one pair", "none")
     journal = Journal(None, {}) if journal is None else journal
     methods = methods_of(model, None, teacher, functions)
     distances: dict[str, list[list[float]]] = {name: [] for name in methods}
-    for pair in pairs:
-        # The pictures of a pair are opened once for all methods.
+    sides = []
+    for pair, images in read_sound(pairs, lambda pair: (read_image(pair.image_a), read_image(pair.image_b))):
         key = digest(pair.image_a, pair.image_b, pair.points_a, pair.points_b)
-        found = journal(f"matching {key}", partial(_distances, pair, methods, model.device))
+        found = journal(f"matching {key}", partial(_distances, pair, *images, methods, model.device))
         for name in methods:
             distances[name].append(found[name])
+        sides.append(pair.box_side)
         if progress is not None:
-            progress()
-    return [_score(name, distances[name], [pair.box_side for pair in pairs]) for name in methods]
+            progress(1)
+    return [_score(name, distances[name], sides) for name in methods]
 
 
 def _distances(
-    pair: KeypointPair, methods: Mapping[str, Method], device: torch.device
+    pair: KeypointPair, image_a: Image, image_b: Image, methods: Mapping[str, Method], device: torch.device
 ) -> dict[str, list[float]]:
     """Pixels between every match and its true point, by method."""
-    image_a, image_b = read_image(pair.image_a), read_image(pair.image_b)
     points_a, points_b = (
         torch.tensor(p, dtype=torch.float64, device="cpu") for p in (pair.points_a, pair.points_b)
     )
+    coords = (points_a / points_a.new_tensor(image_a.size)).to(device, torch.float32)
 
     def distance(method: Method) -> Tensor:
-        coords = (points_a / points_a.new_tensor(image_a.size)).to(device, torch.float32)
-        wanted = method(image_a).points(coords)
-        features = method(image_b)
+        wanted, features = method(image_a).points(coords), method(image_b)
         size = (image_b.height, image_b.width)
         found, _ = find_matches(wanted, features.dense(features.coarse_size), features.points, size)
         return (found.cpu().double() * points_b.new_tensor(image_b.size) - points_b).norm(dim=1)

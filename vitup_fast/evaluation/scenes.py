@@ -71,7 +71,7 @@ def make_scenes(
     scenes: int = 60,
     seed: int = 0,
     size: int = 448,
-    progress: Callable[[], object] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> None:
     """Paste cut-outs on photographs, and write pictures, masks and correspondences.
 
@@ -90,7 +90,7 @@ def make_scenes(
         scenes: number of scenes, even.
         seed: seeds everything.
         size: height and width of a scene in pixels.
-        progress: called after every scene.
+        progress: called with 1 after every scene.
 
     Raises:
         InputError: folders without usable pictures, too many broken ones, fewer than two classes, or no room.
@@ -133,7 +133,7 @@ def make_scenes(
                 scene.mask.save(temporary / "masks" / name)
                 record["scenes"].append(_scene_record(scene, name, split, labels, cutouts, photographs))
                 if progress is not None:
-                    progress()
+                    progress(1)
             category = classes[labels[made[0].objects[-1].cutout]]
             pairs += _pair_record(made, names, category, size, index, split)
         write_json(temporary / SCENES, record)

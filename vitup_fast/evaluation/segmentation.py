@@ -17,7 +17,16 @@ from ..errors import InputError, expected, require
 from ..images import image_size, read_image
 from ..network.backbone import Backbone
 from ..upsampler import Upsampler
-from .features import FeatureFunction, Head, ImageFeatures, Method, Size, hidden_states, methods_of
+from .features import (
+    FeatureFunction,
+    Head,
+    ImageFeatures,
+    Method,
+    Size,
+    frozen_backbone,
+    hidden_states,
+    methods_of,
+)
 from .files import Journal, digest, markdown, pictures_below, read_json, read_sound, shown
 from .scenes import HELD_OUT, SCENES, TRAIN
 
@@ -216,7 +225,7 @@ def measure_segmentation(
     classes = len(folder.classes)
     training = [p for p in folder.pictures if not p.held_out]
     held_out = [p for p in folder.pictures if p.held_out]
-    frozen = model.backbone if teacher is None else teacher
+    frozen = frozen_backbone(model, teacher)
     data = digest([[shown(p.image), p.held_out] for p in folder.pictures], *(p.mask for p in folder.pictures))
 
     def done(key: str, pictures: int, compute: Callable[[], T]) -> T:
