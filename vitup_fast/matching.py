@@ -45,7 +45,7 @@ def find_matches(
     """Find where an image's features are most like given ones (by cosine), to a fraction of a pixel.
 
     Around the best cell of the coarse map the image's features are asked for at continuous coordinates, at half the
-    distance each time, down to a quarter of a pixel; the peak of a parabola through the last values is the answer.
+    distance each time, down to a quarter of a pixel; the peak of a paraboloid through the last of them is the answer.
     This looks around instead of following a gradient because features may jump where the nearest token changes.
 
     Args:
@@ -68,14 +68,16 @@ def find_matches(
         centre = (torch.stack((best % w, best // w), dim=1) + 0.5) * cell  # [n, 2]
         for level in range(levels):
             step = cell / (REACH * 2**level)
-            around = _look_around(wanted, centre, step, features_at)  # [n, rows, columns]
-            similarity, best = around.flatten(1).max(dim=1)
-            side = around.shape[1]
-            moved = torch.stack((best % side, best // side), dim=1) - REACH  # [n, 2]
-            # Where all is alike, nothing is better than where we are.
-            moved = moved * (similarity > around[:, REACH, REACH])[:, None]
-            centre = (centre + moved * step).clamp(0, 1)
-        centre = (centre + _peak(around, moved) * step).clamp(0, 1)
+            around = _look_around(wanted, centre, step, REACH, features_at)
+            centre = (centre + _steps_to_best(around) * step).clamp(0, 1)
+        # Beyond the border there is nothing to fit a paraboloid to.
+        centre = torch.minimum(torch.maximum(centre, step), 1 - step)
+        around = _look_around(wanted, centre, step, 1, features_at)
+        peak = (centre + _steps_to_peak(around) * step).clamp(0, 1)
+        at_peak = torch.einsum("nd,nd->n", _unit(features_at(peak)), wanted)
+        best, similarity = centre + _steps_to_best(around) * step, around.flatten(1).max(dim=1).values
+        better = at_peak >= similarity
+        centre, similarity = torch.where(better[:, None], peak, best), torch.maximum(at_peak, similarity)
         found.append(Matches(centre, similarity))
     return Matches(*map(torch.cat, zip(*found, strict=True)))
 
@@ -89,34 +91,35 @@ def _look_around(
     wanted: Tensor,  # [n, D]
     centre: Tensor,  # [n, 2]
     step: Tensor,  # [2]
+    reach: int,
     features_at: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return the similarity at ``REACH`` steps to each side of every point.  # [n, rows, columns]"""
-    offsets = torch.arange(-REACH, REACH + 1, dtype=torch.float32, device=centre.device)
+    """Return the similarity at some steps to each side of every point.  # [n, rows, columns]"""
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float32, device=centre.device)
     y, x = torch.meshgrid(offsets, offsets, indexing="ij")
     places = centre[:, None, None] + torch.stack((x, y), dim=-1) * step  # [n, rows, columns, 2]
     features = features_at(places.clamp(0, 1).flatten(0, 2)).view(*places.shape[:3], wanted.shape[1])
     return torch.einsum("nrcd,nd->nrc", _unit(features), wanted)
 
 
-def _peak(around: Tensor, best: Tensor) -> Tensor:
-    """Return how many steps from the best value a parabola through it and its neighbours peaks.  # [n, 2]
+def _steps_to_best(around: Tensor) -> Tensor:
+    """Return columns and rows from the middle to the best; none where nothing is better than the middle.  # [n, 2]"""
+    side, reach = around.shape[1], around.shape[1] // 2
+    similarity, best = around.flatten(1).max(dim=1)
+    steps = torch.stack((best % side, best // side), dim=1) - reach
+    return steps * (similarity > around[:, reach, reach])[:, None]
 
-    Args:
-        around: similarities.  # [n, rows, columns]
-        best: column and row of the best, counted from the middle.  # [n, 2]
-    """
-    last = around.shape[1] - 1
-    column, row = (best + REACH).unbind(dim=1)
-    n = torch.arange(len(around), device=around.device, dtype=torch.int64)
-    here = around[n, row, column]
-    peaks = []
-    for before, after, place in (
-        (around[n, row, (column - 1).clamp(0)], around[n, row, (column + 1).clamp(max=last)], column),
-        (around[n, (row - 1).clamp(0), column], around[n, (row + 1).clamp(max=last), column], row),
-    ):
-        bend = before - 2 * here + after
-        inside = (place > 0) & (place < last) & (bend < 0)
-        peak = (before - after) / (2 * bend)
-        peaks.append(torch.where(inside, peak, 0).clamp(-0.5, 0.5))
-    return torch.stack(peaks, dim=1)
+
+def _steps_to_peak(around: Tensor) -> Tensor:
+    """Return columns and rows from the middle to the peak of a paraboloid, or to the best.  # [n, 3, 3] -> [n, 2]"""
+    best, around = _steps_to_best(around), around.to(torch.float64)
+    at = lambda x, y: around[:, 1 + y, 1 + x]  # noqa: E731
+    slope_x, slope_y = (at(1, 0) - at(-1, 0)) / 2, (at(0, 1) - at(0, -1)) / 2
+    bend_x, bend_y = at(-1, 0) - 2 * at(0, 0) + at(1, 0), at(0, -1) - 2 * at(0, 0) + at(0, 1)
+    twist = (at(1, 1) - at(1, -1) - at(-1, 1) + at(-1, -1)) / 4
+    determinant = bend_x * bend_y - twist.square()
+    peak = torch.stack((twist * slope_y - bend_y * slope_x, twist * slope_x - bend_x * slope_y), dim=1)
+    peak = peak / determinant[:, None]
+    # It is none of this surface if it is far from the best value.
+    fits = (bend_x < 0) & (determinant > 0) & ((peak - best).abs() <= 1).all(dim=1)
+    return torch.where(fits[:, None], peak, best).to(torch.float32)

@@ -316,20 +316,19 @@ def _place(rng: np.random.Generator, cutout: _Cutout, size: int, central: bool) 
     reach = 0.2 if central else 0.4
     centre = rng.uniform(0.5 - reach, 0.5 + reach, 2) * size
     gain = rng.uniform(*GAIN)
-    # Shrinking averages, turning interpolates; each maps coordinates by its exact matrix.
-    resized = tuple(max(1, round(scale * n)) for n in cutout.image.size)
-    small = cutout.image.resize(resized, pillow.Resampling.LANCZOS)
+    # Drawn twice as large by bilinear interpolation, which keeps centres of mass (Pillow's bicubic does not), then
+    # averaged: alpha is the share of a pixel that the cut-out covers.
+    finer = tuple(max(1, round(2 * scale * n)) for n in cutout.image.size)
+    fine = cutout.image.resize(finer, pillow.Resampling.LANCZOS)
     turn = np.array(((math.cos(angle), -math.sin(angle)), (math.sin(angle), math.cos(angle))))
-    middle = np.array(resized) / 2
-    back = np.column_stack((turn.T, middle - turn.T @ centre))
-    layer = small.transform(
-        (size, size), pillow.Transform.AFFINE, tuple(back.flat), pillow.Resampling.BICUBIC
-    )
+    middle = np.array(finer) / 2
+    back = np.column_stack((turn.T, middle - turn.T @ (2 * centre)))
+    options = pillow.Transform.AFFINE, tuple(back.flat), pillow.Resampling.BILINEAR
+    layer = fine.transform((2 * size, 2 * size), *options).reduce(2)
     pixels = np.array(layer)
     pixels[:, :, :3] = (pixels[:, :, :3] * gain).round().clip(0, 255)
-    stretch = np.diag(np.array(resized) / cutout.image.size)
-    linear = turn @ stretch
-    matrix = np.column_stack((linear, centre - turn @ middle - linear @ cutout.offset))
+    linear = turn @ np.diag(np.array(finer) / cutout.image.size) / 2
+    matrix = np.column_stack((linear, centre - turn @ middle / 2 - linear @ cutout.offset))
     return pillow.fromarray(pixels), matrix
 
 

@@ -160,7 +160,11 @@ def fit_head(features: Tensor, targets: Tensor) -> Head:
     weight = x.new_zeros(targets.shape[1], x.shape[1]).requires_grad_()
     bias = x.new_zeros(targets.shape[1]).requires_grad_()
     optimiser = torch.optim.LBFGS(
-        [weight, bias], max_iter=MOST_STEPS, history_size=10, line_search_fn="strong_wolfe"
+        [weight, bias],
+        max_iter=MOST_STEPS,
+        tolerance_grad=1e-6,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
     )
 
     def loss() -> Tensor:
