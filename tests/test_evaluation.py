@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -307,6 +308,13 @@ def test_make_scenes_refuses(pictures, tmp_path):
             make_scenes(*arguments, **options)
         assert str(error.value).startswith(words)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "full"]
+
+
+def test_a_full_disk_is_named_before_anything_is_made(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    with pytest.raises(InputError, match="output: expected 12 MiB of free space, got 0 MiB"):
+        make_scenes(*pictures, tmp_path / "out", scenes=16)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_half_written_stays(pictures, tmp_path):

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from ..errors import InputError, brief, expected, require
 from ..images import write_atomically
@@ -109,7 +109,7 @@ class Journal:
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        self.path, self.done, self._file = path, {}, None
+        self.path, self.done = path, {}
         if path is None:
             return
         settings = json.loads(json.dumps(settings))
@@ -124,7 +124,6 @@ class Journal:
             self.done = {}
         lines = [json.dumps(settings), *(json.dumps(entry) for entry in self.done.items())]
         write_atomically(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n", "utf-8"))
-        self._file: IO[str] | None = path.open("a", encoding="utf-8")
 
     def _read(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """Return settings and results of a former run; what its end cut off is left out."""
@@ -145,10 +144,10 @@ class Journal:
         """Return the result of a step (numbers, text, lists and dicts), computing it if it is not there."""
         if key not in self.done:
             value = compute()
-            if self._file is not None:
+            if self.path is not None:
                 try:
-                    self._file.write(json.dumps([key, value]) + "\n")
-                    self._file.flush()
+                    with self.path.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps([key, value]) + "\n")
                 except OSError as error:
                     raise InputError(
                         f"{shown(self.path)}: cannot be written ({error.strerror or error})."
@@ -158,8 +157,7 @@ class Journal:
 
     def finish(self) -> None:
         """Remove the file: the results are elsewhere now."""
-        if self._file is not None:
-            self._file.close()
+        if self.path is not None:
             self.path.unlink(missing_ok=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -38,6 +39,7 @@ T = TypeVar("T")
 UNLABELLED = 255
 HELD_OUT_EVERY = 3  # pictures, where nothing says which are held out
 PIXELS_PER_PICTURE = 2048
+MOST_SAMPLES = 2**17  # of all pictures together: float64 copies of them must fit in memory
 WEIGHT_PENALTY = 1e-3
 MOST_STEPS = 200
 AT_TOKENS, AT_PIXELS = "tokens", "pixels"
@@ -205,9 +207,10 @@ def measure_segmentation(
     """Train linear heads on features of some pictures, and judge them by the pixels of others.
 
     One head is trained on the backbone's tokens, where a target is the share of each class in the token's cell, and is
-    used with the features of every method. Another is trained for every method on its features at pixels' centres
-    (2048 of each picture, the same for all methods). Both are judged by intersection over union at all cells of a grid
-    over the held-out pictures; a cell's class is that of the pixel at its centre.
+    used with the features of every method. Another is trained for every method on its features at pixels' centres:
+    the same 2048 of each picture for all methods, fewer if there are more than 64 pictures. Both are judged by
+    intersection over union at all cells of a grid over the held-out pictures; a cell's class is that of the pixel at
+    its centre.
 
     Args:
         model: the network, and its backbone.
@@ -229,8 +232,10 @@ def measure_segmentation(
     classes = len(folder.classes)
     training = [p for p in folder.pictures if not p.held_out]
     held_out = [p for p in folder.pictures if p.held_out]
+    most = max(1, MOST_SAMPLES // len(training))
     frozen = frozen_backbone(model, teacher)
-    data = digest([[shown(p.image), p.held_out] for p in folder.pictures], *(p.mask for p in folder.pictures))
+    files = [path for picture in folder.pictures for path in (picture.image, picture.mask)]
+    data = digest(folder.classes, [picture.held_out for picture in folder.pictures], *files)
 
     def done(key: str, pictures: int, compute: Callable[[], T]) -> T:
         """Result of a step, and progress."""
@@ -252,11 +257,12 @@ def measure_segmentation(
         tokens = hidden_states(frozen, image, model.hidden_layer_img_size)[-1].cpu()  # [h, w, D]
         shares = _shares(mask, tuple(tokens.shape[:2]), classes)  # [h, w, C]
         labelled = shares.sum(-1) > 0
-        shares = shares[labelled]
-        return tokens[labelled], shares / shares.sum(-1, keepdim=True)
+        tokens, shares = tokens[labelled], shares[labelled]
+        step = math.ceil(len(tokens) / most) or 1
+        return tokens[::step], (shares / shares.sum(-1, keepdim=True))[::step]
 
     def at_pixels(method: Method, image: Image, mask: Tensor) -> tuple[Tensor, Tensor]:
-        coords, labels = _some_pixels(mask)
+        coords, labels = _some_pixels(mask, min(PIXELS_PER_PICTURE, most))
         return method(image).points(coords.to(model.device)), F.one_hot(labels, classes)
 
     def confusion(picture: LabelledPicture, method: Method, heads: Sequence[Head]) -> list[list[list[int]]]:
@@ -287,18 +293,18 @@ def measure_segmentation(
 
 def _shares(mask: Tensor, size: Size, classes: int) -> Tensor:
     """Share of each class in every cell of a grid over a mask.  # [h, w, C]"""
-    labels = mask.long()
-    one_hot = F.one_hot(torch.where(labels == UNLABELLED, classes, labels), classes + 1)[:, :, :classes]
-    planes = one_hot.permute(2, 0, 1)[None].to(torch.float32)  # [1, C, H, W]
-    # A pixel that several cells share counts in each of them.
-    return F.interpolate(planes, size, mode="area")[0].permute(1, 2, 0)
+    shares = torch.zeros(*size, classes, dtype=torch.float32, device="cpu")
+    for label in set(mask.unique().tolist()) - {UNLABELLED}:
+        plane = (mask == label).to(torch.float32)[None, None]  # [1, 1, H, W]
+        shares[:, :, label] = F.adaptive_avg_pool2d(plane, size)[0, 0]
+    return shares
 
 
-def _some_pixels(mask: Tensor) -> tuple[Tensor, Tensor]:
+def _some_pixels(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Centres (x, y) in [0, 1] and classes of labelled pixels, the same ones for a mask of the same size."""
     H, W = mask.shape
     # A sequence of low discrepancy spreads them evenly, without chance.
-    spread = torch.quasirandom.SobolEngine(2).draw(PIXELS_PER_PICTURE, dtype=torch.float64)
+    spread = torch.quasirandom.SobolEngine(2).draw(count, dtype=torch.float64)
     column, row = (spread[:, 0] * W).long().clamp(max=W - 1), (spread[:, 1] * H).long().clamp(max=H - 1)
     labels = mask[row, column].long()
     coords = torch.stack(((column + 0.5) / W, (row + 0.5) / H), dim=1).float()
