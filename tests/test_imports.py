@@ -36,7 +36,7 @@ ROWS = (
     ("upsampler", "accelerate"),
     ("training.",),
     ("__init__", "testing"),
-    ("evaluation.",),
+    ("training.", "tiling.", "evaluation."),
     ("bench.",),
     ("cli.",),
 )
