@@ -90,6 +90,23 @@ def test_matches_stay_in_the_middle_of_what_is_alike():
     torch.testing.assert_close(found, cell_centres(4, 5).flatten(0, 1))
 
 
+def test_the_best_cell_of_the_coarse_map_need_not_win():
+    """A narrow peak between cells, right, beside a broad one that is nearly right."""
+    narrow, broad = torch.tensor([0.25, 0.5]), torch.tensor([0.8, 0.55])
+
+    def features(coords: torch.Tensor) -> torch.Tensor:
+        angle = torch.minimum(
+            12 * (coords - narrow).norm(dim=-1), 0.3 + (coords - broad).square().sum(dim=-1)
+        )
+        return torch.stack((angle.cos(), angle.sin()), dim=-1)
+
+    coarse, wanted = features(cell_centres(10, 10)), torch.tensor([[1.0, 0.0]])
+    assert (coarse @ wanted[0]).argmax() % 10 > 5
+    found, similarity = find_matches(wanted, coarse, features, (200, 200))
+    assert (found[0] - narrow).norm() < 0.001
+    assert similarity > 0.9999
+
+
 def test_no_points_have_no_matches():
     found, similarity = find_matches(waves(torch.zeros(0, 2)), waves(cell_centres(4, 4)), waves, (8, 8))
     assert found.shape == (0, 2)

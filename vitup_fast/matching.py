@@ -14,6 +14,7 @@ from .errors import expected
 from .ops.checks import COORDINATE_DTYPES, check_tensor
 
 POINTS_AT_ONCE = 1024
+CANDIDATES = 4  # cells of the coarse map that are looked at closely
 REACH = 2  # steps looked at to each side
 FINEST_STEP = 0.25  # pixels
 
@@ -44,7 +45,7 @@ def find_matches(
 ) -> Matches:
     """Find where an image's features are most like given ones (by cosine), to a fraction of a pixel.
 
-    Around the best cell of the coarse map the image's features are asked for at continuous coordinates, at half the
+    Around the best cells of the coarse map the image's features are asked for at continuous coordinates, at half the
     distance each time, down to a quarter of a pixel; the peak of a paraboloid through the last of them is the answer.
     This looks around instead of following a gradient because features may jump where the nearest token changes.
 
@@ -64,12 +65,18 @@ def find_matches(
     levels = 1 + max(0, math.ceil(math.log2(cell_pixels / (REACH * FINEST_STEP))))
     found = []
     for wanted in _unit(features).split(POINTS_AT_ONCE):
-        best = (wanted @ cells.T).argmax(dim=1)  # [n]
-        centre = (torch.stack((best % w, best // w), dim=1) + 0.5) * cell  # [n, 2]
+        centre = _best_cells(wanted, cells, (h, w))  # [n, K, 2]
         for level in range(levels):
             step = cell / (REACH * 2**level)
-            around = _look_around(wanted, centre, step, REACH, features_at)
-            centre = (centre + _steps_to_best(around) * step).clamp(0, 1)
+            K = centre.shape[1]
+            around = _look_around(
+                wanted.repeat_interleave(K, dim=0), centre.flatten(0, 1), step, REACH, features_at
+            )
+            moved = centre + (_steps_to_best(around) * step).view_as(centre)
+            # What looked best on the coarse map need not be, looked at closely: one of several goes on.
+            best = around.flatten(1).max(dim=1).values.view(-1, K).argmax(dim=1, keepdim=True)  # [n, 1]
+            centre = moved.gather(1, best[:, :, None].expand(-1, -1, 2)).clamp(0, 1)  # [n, 1, 2]
+        centre = centre[:, 0]
         # Beyond the border there is nothing to fit a paraboloid to.
         centre = torch.minimum(torch.maximum(centre, step), 1 - step)
         around = _look_around(wanted, centre, step, 1, features_at)
@@ -80,6 +87,23 @@ def find_matches(
         centre, similarity = torch.where(better[:, None], peak, best), torch.maximum(at_peak, similarity)
         found.append(Matches(centre, similarity))
     return Matches(*map(torch.cat, zip(*found, strict=True)))
+
+
+def _best_cells(wanted: Tensor, cells: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the centres of the cells that are better than all around them, the best of those.  # [n, K, 2]
+
+    Args:
+        wanted: unit vectors.  # [n, D]
+        cells: unit vectors.  # [h * w, D]
+        size: rows and columns (h, w) of cells.
+    """
+    h, w = size
+    similarity = (wanted @ cells.T).view(-1, 1, h, w)
+    peaks = torch.where(similarity < F.max_pool2d(similarity, 3, 1, 1), -torch.inf, similarity)
+    best = peaks.flatten(1).topk(min(CANDIDATES, h * w), dim=1).indices  # [n, K]
+    return (torch.stack((best % w, best // w), dim=2) + 0.5) / torch.tensor(
+        (w, h), dtype=torch.float32, device=wanted.device
+    )
 
 
 def _unit(features: Tensor) -> Tensor:
