@@ -96,7 +96,7 @@ def test_the_best_cell_of_the_coarse_map_need_not_win():
 
     def features(coords: torch.Tensor) -> torch.Tensor:
         angle = torch.minimum(
-            12 * (coords - narrow).norm(dim=-1), 0.3 + (coords - broad).square().sum(dim=-1)
+            12 * (coords - narrow).norm(dim=-1), 0.3 + 3 * (coords - broad).square().sum(dim=-1)
         )
         return torch.stack((angle.cos(), angle.sin()), dim=-1)
 
