@@ -36,7 +36,7 @@ ROWS = (
     ("upsampler", "accelerate"),
     ("training.",),
     ("__init__", "testing"),
-    ("training.", "tiling.", "evaluation."),
+    ("evaluation.",),
     ("bench.",),
     ("cli.",),
 )
