@@ -347,13 +347,13 @@ def test_images_that_fail_do_not_stop_the_others(tmp_path, monkeypatch, capsys):
     text.write_text("no image")
     truncated = tmp_path / "truncated.png"
     truncated.write_bytes(good[0].read_bytes()[:200])
-    load = upsample._load
+    load = upsample.load_model
 
     def load_and_lose(args):
         good[1].unlink()
         return load(args)
 
-    monkeypatch.setattr(upsample, "_load", load_and_lose)
+    monkeypatch.setattr(upsample, "load_model", load_and_lose)
     code = run("upsample", text, *good, truncated, tmp_path / "missing.png", "-o", tmp_path / "out", *SMALL)
     assert code == cli.SOME_FAILED == 3
     error = capsys.readouterr().err
@@ -399,7 +399,7 @@ def test_features_that_are_not_finite_are_no_result(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize("kind", ["npy", "safetensors"])
 @pytest.mark.parametrize("size", [(100_000, 100_000), (10**20, 3), (1, 10**13)])
 def test_maps_larger_than_memory_are_refused_at_once(tmp_path, monkeypatch, capsys, size, kind):
-    monkeypatch.setattr(upsample, "_load", None)
+    monkeypatch.setattr(upsample, "load_model", None)
     arguments = ("-o", tmp_path / "out", "--save", kind, *RANDOM, "--size", *size)
     assert run("upsample", draw(tmp_path / "a.png"), *arguments) == cli.USER_ERROR
     assert "--size: expected features that fit into" in one_sentence(capsys)
@@ -430,7 +430,7 @@ def test_a_disk_too_small_is_named_before_anything_runs(tmp_path, monkeypatch, c
             patch.setattr(outputs.shutil, "disk_usage", lambda _: usage)
             return run(*arguments)
 
-    monkeypatch.setattr(upsample, "_load", None)
+    monkeypatch.setattr(upsample, "load_model", None)
     assert with_free(2 * needed - 1) == cli.USER_ERROR
     assert "of free space" in one_sentence(capsys)
     monkeypatch.undo()
@@ -508,14 +508,14 @@ def test_skip_existing_takes_nothing_made_otherwise(tmp_path, capsys):
 def test_skip_existing_compares_weights(tmp_path):
     with pytest.warns(UserWarning, match="random"):
         model = vitup_fast.load("tiny", "random", device="cpu")
-    before = upsample._fingerprint(model)
-    assert upsample._fingerprint(model) == before
+    before = upsample.fingerprint(model)
+    assert upsample.fingerprint(model) == before
     for tensor in list(model.state_dict().values())[::7]:
         value = tensor.flatten()[-1].clone()
         tensor.view(-1)[-1] += 1
-        assert upsample._fingerprint(model) != before
+        assert upsample.fingerprint(model) != before
         tensor.view(-1)[-1] = value
-    assert upsample._fingerprint(model) == before
+    assert upsample.fingerprint(model) == before
 
 
 def test_an_interrupted_run_is_not_taken_for_a_finished_one(tmp_path, monkeypatch, capsys):

@@ -28,6 +28,7 @@ ROWS = (
         "network.onnx_file",
         "heads",
         "images",
+        "matching",
     ),
     ("walks.",),
     ("network.model", "network.backbone", "network.checkpoint"),
@@ -35,6 +36,7 @@ ROWS = (
     ("upsampler", "accelerate"),
     ("training.",),
     ("__init__", "testing"),
+    ("evaluation.",),
     ("bench.",),
     ("cli.",),
 )

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .errors import InputError, brief, expected, require
 from .heads import Head
 from .images import normalise, write_atomically
+from .matching import Matches, check_points, find_matches
 from .network.backbone import PUBLISHED_LORA_SCALING, Backbone, config_for, plain_defaults
 from .network.checkpoint import Header, check_finite, checkpoint_path, write_checkpoint
 from .network.image_cache import ImageCache
@@ -520,6 +522,50 @@ class Upsampler(nn.Module):
         coords = self._moved("pixels", pixels / pixels.new_tensor((width, height)))
         outputs = {"return_all_layers": return_all_layers, "head": head, "labels": labels}
         return self.vit_up(current.cache, coords, **outputs, **self._budget(query_chunk_size))
+
+    @torch.no_grad()
+    def match(
+        self,
+        points: Tensor,  # [N, 2]
+        image_a: Tensor | Image | None,
+        image_b: Tensor | Image,
+        coarse_size: tuple[int, int] | None = None,
+    ) -> Matches:
+        """Find points of one image in another: the best cell of a coarse map, refined to a fraction of a pixel.
+
+        Args:
+            points: (x, y) in pixels of ``image_a``, as for :meth:`points`.
+            image_a: one image as for :meth:`set_images`; None takes the one set last.
+            image_b: the image to search, from then on the one set last.
+            coarse_size: rows and columns of the map that is searched first; None means two cells a token.
+
+        Returns:
+            Points ``[N, 2]`` in pixels of ``image_b``, in the dtype and on the device of ``points``, and the cosine
+            ``[N]`` of the features there.
+
+        Raises:
+            InputError: an argument that does not fit, or several images.
+        """
+        check_points("points", points)
+        size = None if coarse_size is None else check_size("coarse_size", coarse_size)
+        if image_b is None:
+            raise expected("image_b", "an image", None)
+        a = self._one_image("image_a", image_a)
+        b = self._one_image("image_b", image_b)
+        budget = self._budget(None)
+        features_at = lambda image, coords: self.vit_up(image.cache, coords[None], **budget)[0]  # noqa: E731
+        wanted = features_at(a, self._moved("points", points / points.new_tensor(a.size[::-1])))  # [N, D]
+        size = tuple(2 * n for n in b.cache.token_grid) if size is None else size
+        coarse_map = self.vit_up.dense(b.cache, size, **budget)[0]  # [h, w, D]
+        found, similarity = find_matches(wanted, coarse_map, partial(features_at, b), b.size)
+        return Matches(found.to(points) * points.new_tensor(b.size[::-1]), similarity.to(points.device))
+
+    def _one_image(self, name: str, image: Tensor | Image | None) -> _CurrentImages:
+        """Compute an image that must be the only one, or return the one set last."""
+        current = self._images(image)
+        if len(current.pixels) != 1:
+            raise expected(name, "one image", f"a batch of {len(current.pixels)}")
+        return current
 
     def _images(self, images: Tensor | Image | None) -> _CurrentImages:
         """Compute new images if there are any, else return those set last.

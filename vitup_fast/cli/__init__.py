@@ -1,4 +1,4 @@
-"""The command line, ``vitup-fast``: features of image files, what runs here, and how fast."""
+"""The command line, ``vitup-fast``: features of image files, how good they are, what runs here, and how fast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import InputError, MissingPackageError
-from . import bench, info, train, tune, upsample
+from . import bench, eval, info, train, tune, upsample
 from .guards import enough_memory
 from .upsample import SOME_FAILED as SOME_FAILED
 
@@ -70,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = _Parser(prog="vitup-fast", description="Vision transformer features at any image coordinate.")
     parser.add_argument("--version", action="version", version=f"vitup-fast {__version__}")
-    names = "{upsample,train,info,bench,tune}"
+    names = "{upsample,train,eval,info,bench,tune}"
     commands = parser.add_subparsers(required=True, metavar=names, parser_class=_Parser)
-    for command in (upsample, train, info, bench, tune):
+    for command in (upsample, train, eval, info, bench, tune):
         command.add_parser(commands)
     return parser

@@ -43,6 +43,19 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--size", nargs=2, type=int, metavar=("H", "W"), help="rows and columns of features (one per pixel)"
     )
     parser.add_argument(
+        "--save", default="npy", choices=("npy", "safetensors"), help="format of the features"
+    )
+    parser.add_argument("--pca", action="store_true", help="also draw the features as colours")
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--skip-existing", action="store_true", help="leave images alone that these settings have finished"
+    )
+    parser.set_defaults(run=run)
+
+
+def add_model_arguments(parser: argparse._ActionsContainer) -> None:
+    """Describe what :func:`load_model` takes."""
+    parser.add_argument(
         "--model",
         default="splus",
         metavar="NAME",
@@ -51,10 +64,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--weights", help="checkpoint file, or 'random' (published weights from the hub)")
     parser.add_argument("--backbone-weights", help="backbone file (published weights from the hub)")
     parser.add_argument("--backbone", dest="backbone_weights", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--save", default="npy", choices=("npy", "safetensors"), help="format of the features"
-    )
-    parser.add_argument("--pca", action="store_true", help="also draw the features as colours")
     parser.add_argument(
         "--hidden-layer-img-size",
         nargs=2,
@@ -70,10 +79,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--or-random", action="store_true", help="use random weights if published ones cannot be fetched"
     )
-    parser.add_argument(
-        "--skip-existing", action="store_true", help="leave images alone that these settings have finished"
-    )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,9 +101,9 @@ def _upsample(args: argparse.Namespace) -> int:
     failures: list[InputError] = []
     planned = _plan(args, targets, failures)
     if planned:
-        model = _load(args)
+        model = load_model(args)
         _check_memory("--hidden-layer-img-size", model.patch_grid_size, model.vit_up.config.dim, model.dtype)
-        parameters = _fingerprint(model)
+        parameters = fingerprint(model)
         for target in planned:
             try:
                 settings = _settings(args, target.image, model, parameters)
@@ -175,7 +180,7 @@ def _check_memory(
         )
 
 
-def _load(args: argparse.Namespace) -> Upsampler:
+def load_model(args: argparse.Namespace) -> Upsampler:
     """Load the model, with random weights as the last resort if that is wanted."""
     options = {
         "backbone_weights": args.backbone_weights,
@@ -192,7 +197,7 @@ def _load(args: argparse.Namespace) -> Upsampler:
         return load(args.model, "random", **options)
 
 
-def _fingerprint(model: Upsampler) -> str:
+def fingerprint(model: Upsampler) -> str:
     """Return a digest of all parameters and buffers, wherever they came from."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
