@@ -346,6 +346,7 @@ if __name__ == "__main__":
             "vitup_fast.kernels.triton",
             "vitup_fast.network",
             "vitup_fast.ops",
+            "vitup_fast.tiling",
             "vitup_fast.walks",
         ],
         py_modules=["vitup_fast_start"],

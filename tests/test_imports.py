@@ -36,7 +36,7 @@ ROWS = (
     ("upsampler", "accelerate"),
     ("training.",),
     ("__init__", "testing"),
-    ("evaluation.",),
+    ("evaluation.", "tiling."),
     ("bench.",),
     ("cli.",),
 )
@@ -53,6 +53,12 @@ OPTIONAL = (
     "torchvision",
     "hypothesis",
     "pytest",
+    "zarr",
+    "tifffile",
+    "openslide",
+    "rasterio",
+    "pyarrow",
+    "distributed",
 )
 
 SCRIPT = f"""
@@ -73,7 +79,7 @@ def state():
     )
 
 before = state()
-import vitup_fast, vitup_fast.ops, vitup_fast.heads, vitup_fast.testing
+import vitup_fast, vitup_fast.ops, vitup_fast.heads, vitup_fast.testing, vitup_fast.tiling
 assert state() == before, "a global state changed"
 assert not torch.cuda.is_initialized(), "CUDA was initialised"
 assert "torch._inductor" not in sys.modules, "a compiler was loaded"

@@ -11,7 +11,7 @@ import torch
 from .. import __version__, extension
 from ..ops import implementations
 
-PACKAGES = ("torch", "triton", "timm", "safetensors", "huggingface_hub", "pillow", "tqdm")
+PACKAGES = ("torch", "triton", "timm", "safetensors", "huggingface_hub", "pillow", "tqdm", "zarr", "tifffile")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

@@ -1,0 +1,193 @@
+"""What was done before: a record of all that determines a result, and a sidecar for every finished part of it.
+
+A part's files are written under temporary names and renamed, and its sidecar last: a part without a sidecar, or whose
+files differ from it, is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError, brief, expected
+from ..images import write_atomically
+
+RECORD = "settings.json"
+PARTS = "parts"
+SUMMARY = "summary.json"
+LOCK = ".lock"
+
+
+def digest_file(path: Path) -> str:
+    """Digest of a file's bytes, or of all files in a folder with their names."""
+    digest = hashlib.blake2b(digest_size=16)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    try:
+        for file in files:
+            if path.is_dir():
+                digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
+            with file.open("rb") as opened:
+                while piece := opened.read(1 << 22):
+                    digest.update(piece)
+    except OSError as error:
+        raise InputError(f"{brief(path, 500)}: cannot be read ({error.strerror or error}).") from error
+    return digest.hexdigest()
+
+
+def digest_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Digest of tensors: names, dtypes, shapes and values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def digest_model(model: nn.Module) -> str:
+    """Digest of all parameters and buffers, wherever they came from."""
+    return digest_tensors(model.state_dict().items())
+
+
+def digest_input(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Identify an input by its bytes; those of a file whose size and time are on record are not read again."""
+    status = path.stat()
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
+    known = record.get("input stamp") == stamp and record.get("input path") == str(path.resolve())
+    content = record["input"] if known and not path.is_dir() else digest_file(path)
+    return {"input": content, "input stamp": stamp, "input path": str(path.resolve())}
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return what a JSON file says; None if it is missing or broken."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all, and let it reach the disk."""
+    text = json.dumps(value, indent=1) + "\n"
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    write_atomically(path, write)
+
+
+class Progress:
+    """The parts of a run that are finished, in a folder that any number of workers may share.
+
+    Args:
+        home: the folder of the run's own files.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def begin(self, settings: dict[str, Any], notes: dict[str, Any]) -> None:
+        """Record what determines the result, or check that what lies there was made by the same.
+
+        Args:
+            settings: all that determines the result.
+            notes: recorded beside it, and not compared.
+
+        Raises:
+            InputError: the folder holds a result of other settings, which are named; or it cannot be written.
+        """
+        path = self.home / RECORD
+        settings = json.loads(json.dumps(settings))
+        before = read_json(path)
+        if before is None:
+            if path.exists():
+                raise InputError(f"{brief(path, 500)}: is broken; choose another output, or remove it.")
+            make_folder(self.home / PARTS)
+            write_json(path, {**notes, "settings": settings})
+            return
+        made = before.get("settings", {})
+        names = [n for n in {**made, **settings} if made.get(n) != settings.get(n)]
+        if names:
+            changes = "; ".join(f"{n} {brief(made.get(n))}, now {brief(settings.get(n))}" for n in names)
+            raise expected(
+                "--output",
+                f"the settings that {brief(self.home, 300)} was begun with",
+                changes,
+                "Repeat them, or choose another output.",
+            )
+
+    def record(self) -> dict[str, Any]:
+        """Return what :meth:`begin` wrote; nothing before that."""
+        return read_json(self.home / RECORD) or {}
+
+    def _sidecar(self, part: str) -> Path:
+        return self.home / PARTS / f"{part}.json"
+
+    def finish(self, part: str, root: Path, files: Iterable[Path], facts: dict[str, Any]) -> None:
+        """Let a part's files reach the disk, and write its sidecar.
+
+        Args:
+            part: its name.
+            root: the folder that holds its files.
+            files: those files; one that does not exist holds nothing but background.
+            facts: what else to remember of it.
+        """
+        digests = {}
+        for file in files:
+            if file.exists():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+                digests[str(file.relative_to(root))] = digest_file(file)
+            else:
+                digests[str(file.relative_to(root))] = None
+        write_json(self._sidecar(part), {**facts, "files": digests})
+
+    def finished(self, part: str, root: Path) -> dict[str, Any] | None:
+        """Return a part's sidecar if its files are what it says, else None."""
+        sidecar = read_json(self._sidecar(part))
+        if sidecar is None or not isinstance(sidecar.get("files"), dict):
+            return None
+        for name, digest in sidecar["files"].items():
+            file = root / name
+            if (digest_file(file) if file.exists() else None) != digest:
+                return None
+        return sidecar
+
+
+@contextmanager
+def alone(home: Path) -> Iterator[None]:
+    """Let one process at a time make the final files, where the system can lock them; the end of a process unlocks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (home / LOCK).open("w") as file:
+        with suppress(OSError):  # a disk without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{brief(folder, 500)}: cannot be made a folder ({error.strerror or error})."
+        ) from error
