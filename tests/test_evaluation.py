@@ -25,8 +25,8 @@ from vitup_fast.evaluation import (
     segmentation,
 )
 from vitup_fast.evaluation.features import hidden_states, methods_of
-from vitup_fast.evaluation.files import read_sound
 from vitup_fast.matching import find_matches
+from vitup_fast.pictures import read_sound
 from vitup_fast.sources import seeded_network
 from vitup_fast.upsampler import Upsampler
 

@@ -161,6 +161,18 @@ def test_create_errors(arguments, message):
         )
 
 
+def test_create_takes_a_configuration():
+    config = dataclasses.replace(ViTUpConfig.preset("tiny"), patch_grid_density=4)
+    upsampler = Upsampler.create(config, backbone_weights="random", device="cpu")
+    assert upsampler.vit_up.config == config
+    assert upsampler.backbone.layer_indices == config.layer_indices
+    for name, value in (("depths", config.layer_indices), ("backbone_options", {})):
+        with pytest.raises(InputError, match=f"{name}: expected None beside a configuration"):
+            Upsampler.create(config, backbone_weights="random", device="cpu", **{name: value})
+    with pytest.raises(InputError, match="backbone: expected a configuration that names its backbone"):
+        Upsampler.create(dataclasses.replace(config, backbone=None), backbone_weights="random", device="cpu")
+
+
 def test_models_of_a_hub_repository(tmp_path, monkeypatch):
     options = {**SMALL, "img_size": 56}
     torch.manual_seed(3)

@@ -177,11 +177,11 @@ def test_broken_pictures_are_skipped_named_and_too_many_stop(pictures, tmp_path)
     crops = Crops(settings(tmp_path))
     for k in range(20):
         crops[k]
-    assert [picture.path for picture in crops.broken.names] == [str(tmp_path / "03.png")]
+    assert [picture.path for picture in crops.broken.errors] == [str(tmp_path / "03.png")]
     for n in range(5):
         (tmp_path / f"{n:02d}.png").write_bytes(b"no picture")
     crops = Crops(settings(tmp_path))
-    with pytest.raises(InputError, match=r"at most 10% of 20 pictures .* got 3: .*png"):
+    with pytest.raises(InputError, match=r"3 of 20 pictures are broken, the last: .*png"):
         [crops[k] for k in range(40)]
 
 

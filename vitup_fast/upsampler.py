@@ -21,6 +21,7 @@ from .images import normalise, write_atomically
 from .matching import Matches, check_points, find_matches
 from .network.backbone import PUBLISHED_LORA_SCALING, Backbone, config_for, plain_defaults
 from .network.checkpoint import Header, check_finite, checkpoint_path, write_checkpoint
+from .network.config import ViTUpConfig
 from .network.image_cache import ImageCache
 from .network.model import ViTUp, check_size
 from .network.weights import Snapshot, ordinary_tensors, parameters_and_buffers, recordable
@@ -117,7 +118,7 @@ class Upsampler(nn.Module):
     @classmethod
     def create(
         cls,
-        backbone: str,
+        backbone: str | ViTUpConfig,
         depths: Iterable[int] | None = None,
         weights: str | os.PathLike[str] | None = None,
         backbone_weights: str | os.PathLike[str] | None = None,
@@ -133,7 +134,7 @@ class Upsampler(nn.Module):
         Width, heads, patch size, prefix tokens, mean and deviation are found out.
 
         Args:
-            backbone: name of a timm model, or ``"hf-hub:owner/name"``.
+            backbone: name of a timm model, or ``"hf-hub:owner/name"``; or a configuration, which says all of this.
             depths: backbone depths to read, ascending from 0; None means seven, evenly spread.
             weights: None leaves the network as initialised from PyTorch's generator; a path reads a ViT-Up file.
             backbone_weights: None lets timm fetch its published weights; a path reads a file of the backbone as
@@ -155,7 +156,17 @@ class Upsampler(nn.Module):
         _check_dtype(dtype)
         device = _usable_device(device)
         backbone_weights = backbone_source(backbone_weights)
-        config = config_for(backbone, depths, backbone_options=(backbone_options or {}).items())
+        if isinstance(backbone, ViTUpConfig):
+            config = backbone
+            if config.backbone is None:
+                raise expected(
+                    "backbone", "a configuration that names its backbone", "one whose backbone is None"
+                )
+            for name, value in (("depths", depths), ("backbone_options", backbone_options)):
+                if value is not None:
+                    raise expected(name, "None beside a configuration, which has its own", value)
+        else:
+            config = config_for(backbone, depths, backbone_options=(backbone_options or {}).items())
         with plain_defaults():
             if weights is None:
                 network, vit = ViTUp(config), build_backbone(config, backbone_weights)

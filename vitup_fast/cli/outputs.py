@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError, brief, expected, require
 from ..images import write_atomically
+from ..pictures import is_picture
 
 PICTURE_SUFFIX = "_pca.png"
 RECORD_SUFFIX = ".vitup.json"
 SOFTWARE = "vitup_fast"  # the text "Software" of pictures that the library drew
-_NO_PICTURES = ("BUFR", "GRIB", "HDF5", "MPEG")  # formats that Pillow names and cannot decode
 
 
 class Target(NamedTuple):
@@ -54,12 +54,11 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
 
 def _is_picture(path: Path) -> bool:
     """Whether a file's suffix says that Pillow can read it, unless it is hidden or drawn by this library."""
-    pillow = require("PIL.Image", "demo", "reading an image file")
-    kind = pillow.registered_extensions().get(path.suffix.lower())
-    if path.name.startswith(".") or kind not in pillow.OPEN or kind in _NO_PICTURES:
+    if not is_picture(path.name):
         return False
     if not path.name.endswith(PICTURE_SUFFIX):
         return True
+    pillow = require("PIL.Image", "demo", "reading an image file")
     try:
         with pillow.open(path) as image:
             return image.info.get("Software") != SOFTWARE

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import expected, require
 from ..images import colours, open_image, panels, principal_colours, rgb, write_atomically
 from ..network.backbone import Backbone
+from ..pictures import read_sound
 from ..upsampler import Upsampler
 from .features import (
     BILINEAR,
@@ -26,7 +27,7 @@ from .features import (
     hidden_states,
     methods_of,
 )
-from .files import Journal, digest, markdown, read_sound, shown
+from .files import Journal, digest, markdown, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image

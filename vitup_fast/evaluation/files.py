@@ -1,4 +1,4 @@
-"""What evaluations read and keep: pictures, of which a few may be broken, and results that outlive an interruption."""
+"""What evaluations keep: digests, tables, and results that outlive an interruption."""
 
 from __future__ import annotations
 
@@ -6,63 +6,19 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import InputError, brief, expected, require
+from ..errors import InputError, brief
 from ..images import write_atomically
 
-S = TypeVar("S")
 T = TypeVar("T")
-
-MOST_BROKEN = 0.1  # of all pictures; one at least
 
 
 def shown(path: str | os.PathLike[str]) -> str:
     """Show a path in a message."""
     return brief(path, 500)
-
-
-def pictures_below(folder: Path, what: str) -> list[Path]:
-    """List the pictures in a folder and in those inside it, sorted by their paths.
-
-    Raises:
-        InputError: no folder, or none in it.
-    """
-    pillow = require("PIL.Image", "demo", "reading pictures")
-    if not folder.is_dir():
-        raise expected(what, "a folder of pictures", f"{shown(folder)}, which is none")
-    known = {suffix for suffix, kind in pillow.registered_extensions().items() if kind in pillow.OPEN}
-    found = sorted(
-        (p for p in folder.rglob("*") if p.suffix.lower() in known and not p.name.startswith(".")),
-        key=lambda p: p.relative_to(folder).as_posix(),
-    )
-    if not found:
-        raise expected(what, "a folder with pictures in it", f"{shown(folder)} without any")
-    return found
-
-
-def read_sound(sources: Sequence[S], read: Callable[[S], T]) -> Iterator[tuple[S, T]]:
-    """Read one picture after another, leaving out broken ones with a warning, as long as they are few.
-
-    Raises:
-        InputError: none could be read, or more than a tenth could not.
-    """
-    broken: list[str] = []
-    allowed = max(1, int(MOST_BROKEN * len(sources)))
-    for source in sources:
-        try:
-            content = read(source)
-        except InputError as error:
-            broken.append(str(error))
-            if len(broken) > allowed or len(broken) == len(sources):
-                raise InputError(
-                    f"{len(broken)} of {len(sources)} pictures are broken, the last: {error} Mend or remove them."
-                ) from error
-            warnings.warn(f"{error} It is left out ({len(broken)} so far).", stacklevel=2)
-            continue
-        yield source, content
 
 
 def digest(*parts: object) -> str:

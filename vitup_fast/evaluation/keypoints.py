@@ -15,9 +15,10 @@ from ..errors import expected
 from ..images import image_size, read_image
 from ..matching import find_matches
 from ..network.backbone import Backbone
+from ..pictures import read_sound
 from ..upsampler import Upsampler
 from .features import FeatureFunction, Method, methods_of
-from .files import Journal, digest, markdown, read_json, read_sound, shown
+from .files import Journal, digest, markdown, read_json, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -18,7 +18,8 @@ from .. import __version__
 from ..errors import InputError, expected, require
 from ..images import read_image
 from ..ops.checks import check_count
-from .files import pictures_below, read_sound, shown, write_json
+from ..pictures import pictures_below, read_sound
+from .files import shown, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import InputError, expected, require
 from ..images import image_size, read_image
 from ..network.backbone import Backbone
+from ..pictures import pictures_below, read_sound
 from ..upsampler import Upsampler
 from .features import (
     FeatureFunction,
@@ -28,7 +29,7 @@ from .features import (
     hidden_states,
     methods_of,
 )
-from .files import Journal, digest, markdown, pictures_below, read_json, read_sound, shown
+from .files import Journal, digest, markdown, read_json, shown
 from .scenes import HELD_OUT, SCENES, TRAIN
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-import threading
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -18,14 +17,13 @@ from torch.utils.data import Dataset
 
 from ..errors import InputError, brief, expected, require
 from ..images import rgb
+from ..pictures import BrokenPictures, is_picture, pictures_below
 from .configuration import TrainingConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 SHARDS = {".tar"}
-BROKEN_SHARE = 0.1
 MOST_CUTOUTS = 3
 # Uses of the seed; each use draws from numbers of its own.
 ORDER, CROP, STEP = range(3)
@@ -58,19 +56,13 @@ def find_pictures(sources: Sequence[str]) -> list[Picture]:
         before = len(found)
         try:
             if path.is_dir():
-                for folder, folders, files in os.walk(path, onerror=_raise):
-                    folders.sort()
-                    found += [
-                        Picture(os.path.join(folder, file))
-                        for file in sorted(files)
-                        if Path(file).suffix.lower() in PICTURES and not file.startswith(".")
-                    ]
+                found += [Picture(str(picture)) for picture in pictures_below(path, "data")]
             elif path.suffix in SHARDS:
                 with tarfile.open(path, "r:") as shard:
                     found += [
                         Picture(str(path), member.offset_data, member.size)
                         for member in shard
-                        if member.isfile() and Path(member.name).suffix.lower() in PICTURES
+                        if member.isfile() and is_picture(member.name)
                     ]
             else:
                 what = "a file" if path.is_file() else "no such folder"
@@ -79,12 +71,8 @@ def find_pictures(sources: Sequence[str]) -> list[Picture]:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"data: {brief(source, 300)} cannot be read ({reason}).") from error
         if len(found) == before:
-            raise expected("data", f"pictures ({', '.join(sorted(PICTURES))})", f"none in {source}")
+            raise expected("data", "pictures", f"none in {source}")
     return found
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def read_picture(picture: Picture) -> Image:
@@ -105,30 +93,6 @@ def read_picture(picture: Picture) -> Image:
         raise
     except Exception as error:  # Pillow raises whatever a broken file leads to
         raise InputError(f"{picture.name}: cannot be read as an image ({error}).") from error
-
-
-class BrokenPictures:
-    """Counts pictures that cannot be read, names each once, and gives up when they are too many."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.names: dict[Picture, str] = {}
-        self._lock = threading.Lock()
-
-    def add(self, picture: Picture, error: InputError) -> None:
-        """Remember a broken picture.
-
-        Raises:
-            InputError: more than a tenth of all are broken.
-        """
-        with self._lock:
-            self.names[picture] = str(error)
-            if len(self.names) > max(1, BROKEN_SHARE * self.total) or len(self.names) == self.total:
-                raise expected(
-                    "data",
-                    f"at most {BROKEN_SHARE:.0%} of {self.total} pictures to be unreadable",
-                    f"{len(self.names)}: {'; '.join(list(self.names.values())[:3])}",
-                )
 
 
 class Crops(Dataset):
@@ -174,7 +138,7 @@ class Crops(Dataset):
             epoch, place = divmod(k + attempt, n)
             order = np.random.default_rng([self.config.seed, ORDER, epoch]).permutation(n)
             picture = self.pictures[int(order[place])]
-            if picture in self.broken.names:
+            if picture in self.broken.errors:
                 continue
             try:
                 return read_picture(picture)

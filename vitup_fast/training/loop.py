@@ -159,14 +159,11 @@ class Run:
         saved = self._saved(resume)
         torch.manual_seed(config.seed)
         self.upsampler = Upsampler.create(
-            network.backbone,
-            network.layer_indices,
+            network,
             weights=None if config.start in STARTS or saved is not None else config.start,
             backbone_weights=backbone_weights,
             device=device,
-            backbone_options=dict(network.backbone_options),
         )
-        self.upsampler.vit_up.config = network
         backbone = self.upsampler.backbone
         self.geometry = Geometry.of(config, backbone.patch_size)
         if config.blocks > self.geometry.blocks:
@@ -323,7 +320,7 @@ class Run:
             memory=_memory(self.device),
         )
         self._log.add(self.step, loss, norm, rate, queries / seconds)
-        for picture, error in self.crops.broken.names.items():
+        for picture, error in self.crops.broken.errors.items():
             self._log.broken(bar, picture.name, error)
         every = self.config.picture_every
         if every and (self.step % every == 0 or self.step == self.config.steps):
