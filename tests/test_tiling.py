@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import sys
 import time
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from tiling_inputs import DIM, WINDOW, make_head, make_model, pixels, save
 
 from vitup_fast import InputError, tiling
 from vitup_fast.images import normalise
-from vitup_fast.tiling import plan, work
+from vitup_fast.tiling import plan, report, work
+from vitup_fast.tiling import read as read_module
 from vitup_fast.tiling.answers import Answers
 
 zarr = pytest.importorskip("zarr")
@@ -348,3 +350,28 @@ def test_blending_leaves_no_seams(model, tmp_path, small_blocks, monkeypatch):
         ratios[overlap] = np.mean(at) / max(np.mean(inside), 1e-9)
     assert max(ratios[0.5], ratios[0.25]) < 1.05
     assert ratios[0] > 3
+
+
+def test_memory_does_not_grow_with_the_image(model, head, tmp_path, monkeypatch):
+    """A run of eight times the windows holds no more at its peak: plan, schedule, buffers, pyramid and report."""
+    for module, name, small in (
+        (plan, "BLOCK_STEPS", 2),
+        (work, "PIECE_BYTES", 1 << 18),
+        (read_module, "AREA_BYTES", 1 << 20),
+        (report, "OVERVIEW", 64),
+    ):
+        monkeypatch.setattr(module, name, small)
+    monkeypatch.setattr(
+        Answers, "of_windows", lambda _, __, images, size, ___: torch.zeros(len(images), *size, 5)
+    )
+    peaks = []
+    for side in (96, 480, 1344):
+        np.lib.format.open_memmap(tmp_path / f"{side}.npy", "w+", np.uint8, (side, side, 3))
+        tracemalloc.start()
+        tiling.upsample(
+            tmp_path / f"{side}.npy", tmp_path / f"{side}", model, head=head, labels=True, stride=8, window=96
+        )
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # The first run is for what is imported and kept once.
+    assert peaks[2] < 1.1 * peaks[1]

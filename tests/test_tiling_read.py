@@ -230,7 +230,7 @@ def test_levels_that_are_not_there(tmp_path):
 
 
 def test_foreground(tmp_path, monkeypatch):
-    monkeypatch.setattr(read, "STRIP_BYTES", 5000)
+    monkeypatch.setattr(read, "AREA_BYTES", 5000)
     image = np.full((200, 300, 3), 240, np.uint8)
     image[50:150, 100:200] = (180, 90, 160)
     reader = open_reader(save(tmp_path / "a.npy", image))

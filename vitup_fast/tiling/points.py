@@ -47,7 +47,7 @@ from .run import (
     compute,
     finished_before,
 )
-from .work import Pixels, Source, ahead, fill_window
+from .work import Pixels, Source, ahead, fill_window, give_back
 
 SUFFIXES = (".parquet", ".csv", ".safetensors")
 PART_WINDOWS, PART_POINTS = 64, 65536
@@ -156,6 +156,7 @@ class PointWorker:
                 self.tick(len(windows))
                 if last:
                     self._write(part, features, faults)
+                    give_back()
                     features, faults = features[:0], set()
         finally:
             batches.close()

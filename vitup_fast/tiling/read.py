@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", 
 RASTERS = (".vrt", ".jp2", ".img", ".ntf")
 TIFFS = (".tif", ".tiff", ".btf", ".tf8", ".tf2", ".qptiff")
 THUMBNAIL = 2048  # longest side of masks and overviews
-STRIP_BYTES = 32 << 20
+AREA_BYTES = 32 << 20  # of pixels in float64 that are averaged at once
 _GEO_KEYS, _NODATA = 34735, 42113  # tags of TIFF
 _MICROMETRES = {"micrometer": 1.0, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6, "nanometer": 1e-3}
 _OME_UNITS = {"µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "nm": 1e-3}
@@ -654,7 +655,7 @@ def reduce(
 def thumbnail(
     reader: Reader, longest: int = THUMBNAIL, convert: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> Region:
-    """Return a whole image of at most ``longest`` pixels a side, averaged strip by strip.
+    """Return a whole image of at most ``longest`` pixels a side, averaged area by area.
 
     Args:
         reader: the open image.
@@ -667,22 +668,32 @@ def thumbnail(
     level = max(i for i, v in enumerate(reader.levels) if v.height >= size[0] and v.width >= size[1])
     own = reader.levels[level]
     ratio = own.height / size[0], own.width / size[1]
-    row_bytes = own.width * reader.channels * 8 * ratio[0]
-    rows = max(1, int(STRIP_BYTES / row_bytes))
-    pieces, faults = [], []
-    for first in range(0, size[0], rows):
-        count = min(rows, size[0] - first)
-        top = int(first * ratio[0])
-        bottom = min(own.height, int(np.ceil((first + count) * ratio[0] - 1e-9)))
-        region = reader.read(level, top, 0, bottom - top, own.width)
-        if convert is not None:
-            region = region._replace(pixels=convert(region.pixels))
-        pieces.append(reduce(region, (top, 0), (first, 0), (count, size[1]), ratio))
-        faults += region.faults
-    valid = None
-    if any(v is not None for _, v in pieces):
-        valid = np.concatenate([np.ones(p.shape[:2], bool) if v is None else v for p, v in pieces])
-    return Region(np.concatenate([p for p, _ in pieces]), valid, tuple(faults))
+    # Areas about as wide as high, so that few tiles are decoded twice; as wide as the image where tiles are.
+    area = max(1, int(AREA_BYTES / (reader.channels * 8 * ratio[0] * ratio[1])))
+    across = min(size[1], area, max(math.isqrt(area), math.ceil(own.tile[1] / ratio[1])))
+    down = max(1, area // across)
+    averaged: np.ndarray | None = None
+    valid, faults = np.ones(size, bool), []
+    for top in range(0, size[0], down):
+        for left in range(0, size[1], across):
+            count = min(down, size[0] - top), min(across, size[1] - left)
+            y0, x0 = int(top * ratio[0]), int(left * ratio[1])
+            y1, x1 = (
+                min(n, math.ceil((first + c) * r - 1e-9))
+                for n, first, c, r in zip((own.height, own.width), (top, left), count, ratio, strict=True)
+            )
+            region = reader.read(level, y0, x0, y1 - y0, x1 - x0)
+            if convert is not None:
+                region = region._replace(pixels=convert(region.pixels))
+            pixels, known = reduce(region, (y0, x0), (top, left), count, ratio)
+            if averaged is None:
+                averaged = np.empty((*size, pixels.shape[2]), np.float32)
+            inside = slice(top, top + count[0]), slice(left, left + count[1])
+            averaged[inside] = pixels
+            if known is not None:
+                valid[inside] = known
+            faults += region.faults
+    return Region(averaged, None if valid.all() else valid, tuple(dict.fromkeys(faults)))
 
 
 def foreground(source: Reader, mask: str) -> np.ndarray:  # [h, w] bool

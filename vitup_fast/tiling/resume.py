@@ -30,13 +30,14 @@ def digest_file(path: Path) -> str:
     """Digest of a file's bytes, or of all files in a folder with their names."""
     digest = hashlib.blake2b(digest_size=16)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    buffer = memoryview(bytearray(1 << 20))
     try:
         for file in files:
             if path.is_dir():
                 digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
-            with file.open("rb") as opened:
-                while piece := opened.read(1 << 22):
-                    digest.update(piece)
+            with file.open("rb", buffering=0) as opened:
+                while count := opened.readinto(buffer):
+                    digest.update(buffer[:count])
     except OSError as error:
         raise InputError(f"{brief(path, 500)}: cannot be read ({error.strerror or error}).") from error
     return digest.hexdigest()

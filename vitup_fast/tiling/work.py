@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -196,6 +199,18 @@ def ahead(items: Iterator[Item], depth: int = QUEUED) -> Iterator[Item]:
         thread.join()
 
 
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """Return the function of glibc that returns freed memory to the system; None with other libraries."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def give_back() -> None:
+    """Return freed memory to the system: glibc keeps much of it, and the more, the longer a run takes."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
 def part_name(row: int, column: int) -> str:
     """Name of a block's sidecar."""
     return f"{row:05d}-{column:05d}"
@@ -297,13 +312,14 @@ class Worker:
             strip = None
             if valid.any():
                 needed = range(span.start // width, (right - 1) // width + 1)
+                pieces = {number: piece for number, piece in pieces.items() if number >= needed[0]}
                 for number in needed:
                     if number not in pieces:
+                        give_back()
                         left = number * width
                         region = plane.read(top, left, bottom - top, min(width, grid.width - left))
                         faults += region.faults
                         pieces[number] = Region(self.pixels.filled(region), region.valid)
-                pieces = {number: piece for number, piece in pieces.items() if number >= needed[0]}
                 strip = _cut(
                     [pieces[number] for number in needed], span.start - needed[0] * width, right - span.start
                 )
