@@ -28,6 +28,7 @@ from ..evaluation import (
 from ..evaluation.faithfulness import SCALES
 from ..evaluation.features import BUILT_IN
 from ..evaluation.files import write_json
+from ..files import digest_tensors
 from ..images import write_atomically
 from ..network.backbone import Backbone
 from ..network.model import check_size
@@ -36,7 +37,7 @@ from ..upsampler import Upsampler
 from . import outputs
 from .guards import interruptible
 from .outputs import shown
-from .upsample import add_model_arguments, fingerprint, load_model
+from .upsample import add_model_arguments, load_model
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -156,8 +157,10 @@ def _measure(
     settings = {
         "vitup_fast": __version__,
         "model": model.model_config["model_name"],
-        "parameters": fingerprint(model),
-        "teacher": "the model's backbone" if teacher is None else fingerprint(teacher),
+        "parameters": digest_tensors(model.state_dict().items()),
+        "teacher": "the model's backbone"
+        if teacher is None
+        else digest_tensors(teacher.state_dict().items()),
         "dtype": model.model_config["dtype"],
         "hidden_layer_img_size": model.hidden_layer_img_size,
         "methods": args.method,

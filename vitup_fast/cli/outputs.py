@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError, brief, expected, require
+from ..files import byte_size, read_record
 from ..images import write_atomically
 from ..pictures import is_picture
 
@@ -190,14 +191,9 @@ def shown(path: Path) -> str:
     return brief(path, 500)
 
 
-def byte_size(count: int) -> str:
-    """Show a number of bytes in a message."""
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
-
-
 def is_made(target: Target, settings: dict[str, Any]) -> bool:
     """Whether all results of an image are there and were made with these settings."""
-    made = _read_record(target.record)
+    made = read_record(target.record)
     return all(
         file.is_file() and made.get(file.name) == {**settings, "bytes": file.stat().st_size}
         for file in target.files
@@ -210,7 +206,7 @@ def forget(target: Target) -> None:
     Raises:
         InputError: the record cannot be written.
     """
-    made = _read_record(target.record)
+    made = read_record(target.record)
     names = {file.name for file in target.files}
     if names & made.keys():
         _write_record(target.record, {name: made[name] for name in made.keys() - names})
@@ -222,18 +218,9 @@ def remember(target: Target, settings: dict[str, Any]) -> None:
     Raises:
         InputError: the record cannot be written.
     """
-    made = _read_record(target.record)
+    made = read_record(target.record)
     made |= {file.name: {**settings, "bytes": file.stat().st_size} for file in target.files}
     _write_record(target.record, made)
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    """Return settings by file name; nothing if the record is missing or broken."""
-    try:
-        made = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return made if isinstance(made, dict) else {}
 
 
 def _write_record(path: Path, made: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import InputError, brief, expected, require
+from ..files import byte_size, digest_file, digest_tensors
 from ..images import feature_picture, image_size, normalise, open_image, write_atomically
 from ..network.model import check_size
 from ..sources import WeightsUnavailableError, find_model
@@ -103,7 +103,7 @@ def _upsample(args: argparse.Namespace) -> int:
     if planned:
         model = load_model(args)
         _check_memory("--hidden-layer-img-size", model.patch_grid_size, model.vit_up.config.dim, model.dtype)
-        parameters = fingerprint(model)
+        parameters = digest_tensors(model.state_dict().items())
         for target in planned:
             try:
                 settings = _settings(args, target.image, model, parameters)
@@ -174,8 +174,8 @@ def _check_memory(
     if available is not None and needed > available:
         raise expected(
             name,
-            f"features that fit into the {outputs.byte_size(available)} of free memory",
-            f"{size[0]} x {size[1]} of {dim} numbers: {outputs.byte_size(needed)}",
+            f"features that fit into the {byte_size(available)} of free memory",
+            f"{size[0]} x {size[1]} of {dim} numbers: {byte_size(needed)}",
             "Choose a smaller size." if name.startswith("-") else "Choose a smaller --size.",
         )
 
@@ -197,25 +197,12 @@ def load_model(args: argparse.Namespace) -> Upsampler:
         return load(args.model, "random", **options)
 
 
-def fingerprint(model: Upsampler) -> str:
-    """Return a digest of all parameters and buffers, wherever they came from."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _settings(args: argparse.Namespace, path: Path, model: Upsampler, parameters: str) -> dict[str, Any]:
     """Return all that determines the results of an image."""
     size = tuple(args.size) if args.size else image_size(path)
-    try:
-        content = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-    except OSError as error:
-        raise InputError(f"{shown(path)}: cannot be read ({error.strerror or error}).") from error
     return {
         "vitup_fast": __version__,
-        "image": content,
+        "image": digest_file(path),
         "model": model.model_config["model_name"],
         "parameters": parameters,
         "dtype": model.model_config["dtype"],

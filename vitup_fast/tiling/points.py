@@ -18,6 +18,7 @@ import torch
 
 from .. import __version__
 from ..errors import InputError, MissingPackageError, brief, expected, require
+from ..files import digest_file, digest_tensors, read_record
 from ..images import write_atomically
 from ..upsampler import Upsampler
 from .read import Plane, Region
@@ -27,12 +28,8 @@ from .resume import (
     SUMMARY,
     Progress,
     alone,
-    digest_file,
     digest_input,
-    digest_model,
-    digest_tensors,
     make_folder,
-    read_json,
     write_json,
 )
 from .run import (
@@ -391,7 +388,7 @@ def upsample_points(
     order, origins, edges = group(scaled, size, window)
     home = output.with_name(output.name + ".vitup")
     job = PointJob(description, window, scaled[order], origins, edges, home, batch, strict)
-    record = read_json(home / RECORD) or {}
+    record = read_record(home / RECORD)
     if not record:
         for path in (output, home):
             if path.exists():
@@ -410,7 +407,7 @@ def upsample_points(
         "size": list(size),
         "window": window,
         "batch": batch,
-        "model": digest_model(model),
+        "model": digest_tensors(model.state_dict().items()),
         "mean": list(model.backbone.mean),
         "std": list(model.backbone.std),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -440,9 +437,9 @@ def upsample_points(
     started = time.monotonic()
     if missing:
         compute(job, missing, model, sharing, progress)
-    sidecars = [read_json(home / PARTS / f"{part_name(p)}.json") for p in every]
+    sidecars = [read_record(home / PARTS / f"{part_name(p)}.json") for p in every]
     faults = sorted({fault for s in sidecars if s for fault in s["faults"]})
-    left = sum(s is None for s in sidecars)
+    left = sum(not s for s in sidecars)
     if left:
         return Summary({}, tuple(faults), windows, left)
     with alone(home):

@@ -6,7 +6,6 @@ files differ from it, is made again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -14,47 +13,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from ..errors import InputError, brief, expected
+from ..files import digest_file, read_record
 from ..images import write_atomically
 
 RECORD = "settings.json"
 PARTS = "parts"
 SUMMARY = "summary.json"
 LOCK = ".lock"
-
-
-def digest_file(path: Path) -> str:
-    """Digest of a file's bytes, or of all files in a folder with their names."""
-    digest = hashlib.blake2b(digest_size=16)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    buffer = memoryview(bytearray(1 << 20))
-    try:
-        for file in files:
-            if path.is_dir():
-                digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
-            with file.open("rb", buffering=0) as opened:
-                while count := opened.readinto(buffer):
-                    digest.update(buffer[:count])
-    except OSError as error:
-        raise InputError(f"{brief(path, 500)}: cannot be read ({error.strerror or error}).") from error
-    return digest.hexdigest()
-
-
-def digest_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Digest of tensors: names, dtypes, shapes and values."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in named:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def digest_model(model: nn.Module) -> str:
-    """Digest of all parameters and buffers, wherever they came from."""
-    return digest_tensors(model.state_dict().items())
 
 
 def digest_input(path: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -64,15 +30,6 @@ def digest_input(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     known = record.get("input stamp") == stamp and record.get("input path") == str(path.resolve())
     content = record["input"] if known and not path.is_dir() else digest_file(path)
     return {"input": content, "input stamp": stamp, "input path": str(path.resolve())}
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return what a JSON file says; None if it is missing or broken."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -110,8 +67,8 @@ class Progress:
         """
         path = self.home / RECORD
         settings = json.loads(json.dumps(settings))
-        before = read_json(path)
-        if before is None:
+        before = read_record(path)
+        if not before:
             if path.exists():
                 raise InputError(f"{brief(path, 500)}: is broken; choose another output, or remove it.")
             make_folder(self.home / PARTS)
@@ -130,7 +87,7 @@ class Progress:
 
     def record(self) -> dict[str, Any]:
         """Return what :meth:`begin` wrote; nothing before that."""
-        return read_json(self.home / RECORD) or {}
+        return read_record(self.home / RECORD)
 
     def _sidecar(self, part: str) -> Path:
         return self.home / PARTS / f"{part}.json"
@@ -156,8 +113,8 @@ class Progress:
 
     def finished(self, part: str, root: Path) -> dict[str, Any] | None:
         """Return a part's sidecar if its files are what it says, else None."""
-        sidecar = read_json(self._sidecar(part))
-        if sidecar is None or not isinstance(sidecar.get("files"), dict):
+        sidecar = read_record(self._sidecar(part))
+        if not isinstance(sidecar.get("files"), dict):
             return None
         for name, digest in sidecar["files"].items():
             file = root / name

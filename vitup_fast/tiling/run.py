@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import InputError, brief, expected, require
+from ..files import byte_size, digest_file, digest_tensors, read_record
 from ..heads import head_parameters
 from ..upsampler import Upsampler
 from .answers import (
@@ -49,12 +50,8 @@ from .resume import (
     SUMMARY,
     Progress,
     alone,
-    digest_file,
     digest_input,
-    digest_model,
-    digest_tensors,
     make_folder,
-    read_json,
     write_json,
 )
 from .work import Job, Pixels, Source, missing_blocks, part_name, seconds_per_window
@@ -215,7 +212,7 @@ def upsample(
                 "what to write", "at least one of labels, scores, pca, similar and features", "none"
             )
         home = output if format_of(output) is None else output.with_name(output.name + ".vitup")
-        record = read_json(home / RECORD) or {}
+        record = read_record(home / RECORD)
         # Blocks of a run that is continued keep their size, however many workers there are now.
         begun = record.get("settings", {})
         grid = make_grid(
@@ -253,7 +250,7 @@ def upsample(
             "answers": digest_tensors(answers.named_tensors()),
             "features": features,
             "pca": components,
-            "model": digest_model(model),
+            "model": digest_tensors(model.state_dict().items()),
             "mean": list(model.backbone.mean),
             "std": list(model.backbone.std),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -292,11 +289,11 @@ def upsample(
     if segments:
         compute(job, segments, model, sharing, progress)
     every = [(r, c) for r in range(grid.blocks[0]) for c in range(grid.blocks[1])]
-    sidecars = [read_json(home / PARTS / f"{part_name(*block)}.json") for block in every]
+    sidecars = [read_record(home / PARTS / f"{part_name(*block)}.json") for block in every]
     own = set(missing)
     computed = sum(s["computed"] for block, s in zip(every, sidecars, strict=True) if s and block in own)
     faults = sorted({fault for s in sidecars if s for fault in s["faults"]})
-    left = sum(s is None for s in sidecars)
+    left = sum(not s for s in sidecars)
     if left:
         return Summary({}, tuple(faults), computed, left)
     with alone(home):
@@ -476,10 +473,8 @@ def _check_home(output: Path, home: Path, targets: dict[str, Path], record: dict
 
 def finished_before(home: Path, settings: dict[str, Any], record: dict[str, Any]) -> Summary | None:
     """Return what an earlier run with these settings finished, if all of its files are as it left them."""
-    summary = read_json(home / SUMMARY)
-    if summary is None or not record:
-        return None
-    if summary.get("settings") != settings:
+    summary = read_record(home / SUMMARY)
+    if not record or summary.get("settings") != settings:
         return None
     outputs = {}
     for name, entry in summary["outputs"].items():
@@ -797,11 +792,6 @@ def _finish_files(stores: Sequence[Store], targets: dict[str, Path], settings: d
             write_ome_tiff(target, store)
         else:
             write_cog(target, store)
-
-
-def byte_size(count: float) -> str:
-    """Show a number of bytes."""
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def _duration(seconds: float) -> str:
