@@ -428,7 +428,7 @@ class MemoryReport:
         )
 
 
-def _resident_bytes(field: str) -> int:
+def resident_bytes(field: str) -> int:
     """Resident memory of this process from the kernel: ``VmRSS`` now, ``VmHWM`` at its peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -456,9 +456,9 @@ def dense_memory(config: ViTUpConfig, side: int, device: torch.device, dtype: to
         else:
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-            before = _resident_bytes("VmRSS")
+            before = resident_bytes("VmRSS")
             output = net.dense(cache, (side, side))
-            peak = _resident_bytes("VmHWM")
+            peak = resident_bytes("VmHWM")
     return MemoryReport(
         title=f"ViT-Up D={config.dim}, dense {side} x {side}, {str(dtype).removeprefix('torch.')}",
         device=device_name(device),
