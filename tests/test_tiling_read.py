@@ -236,7 +236,11 @@ def test_foreground(tmp_path, monkeypatch):
     reader = open_reader(save(tmp_path / "a.npy", image))
     truth = np.zeros((200, 300), bool)
     truth[50:150, 100:200] = True
-    np.testing.assert_array_equal(foreground(reader, "otsu"), truth)
+    assert (foreground(reader, "otsu") != truth).sum() <= 4  # the blur takes the corners
+    holes = image.copy()
+    holes[70:130:4, 120:180:4] = 240
+    speckled = foreground(open_reader(save(tmp_path / "speckled.npy", holes)), "otsu")
+    assert (speckled != truth).sum() <= 4
     Image.fromarray(truth[::2, ::2].astype(np.uint8)).save(tmp_path / "mask.png")
     np.testing.assert_array_equal(foreground(reader, str(tmp_path / "mask.png")), truth[::2, ::2])
     small = thumbnail(reader, 60).pixels

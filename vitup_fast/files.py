@@ -55,4 +55,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def byte_size(count: float) -> str:
     """Show a number of bytes in a message."""
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+    unit, size = next(
+        (u, s) for u, s in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)) if count >= s or s == 2**10
+    )
+    return f"{count / size:,.1f} {unit}"

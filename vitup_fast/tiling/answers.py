@@ -28,6 +28,10 @@ class Product(NamedTuple):
     dtype: str
     nodata: float  # where nothing was computed
 
+    def known(self, values: np.ndarray) -> np.ndarray:  # the same shape, bool
+        """Where something was computed."""
+        return ~np.isnan(values) if np.isnan(self.nodata) else values != self.nodata
+
 
 class Basis(NamedTuple):
     """Principal components of features, and the range in which they are shown."""

@@ -114,6 +114,10 @@ class Grid:
         """Centres of cells, in pixels of the image."""
         return (np.arange(first, last) + 0.5) * float(self.stride)
 
+    def sample(self, axis: int, first: int, last: int, count: int) -> np.ndarray:  # [n] int64
+        """Under which of ``count`` equal parts of the axis the cells' centres lie."""
+        return (self.centres(axis, first, last) / (self.height, self.width)[axis] * count).astype(np.int64)
+
     def is_regular(self, span: Span) -> bool:
         """Whether the window's cells tile it exactly."""
         count = span.last - span.first

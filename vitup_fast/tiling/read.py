@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from ..errors import InputError, MissingPackageError, brief, expected, require
 from ..images import open_image
@@ -18,6 +20,7 @@ SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", 
 RASTERS = (".vrt", ".jp2", ".img", ".ntf")
 TIFFS = (".tif", ".tiff", ".btf", ".tf8", ".tf2", ".qptiff")
 THUMBNAIL = 2048  # longest side of masks and overviews
+TISSUE_BLUR = 1 / 128  # of the longest side of a mask
 AREA_BYTES = 32 << 20  # of pixels in float64 that are averaged at once
 _GEO_KEYS, _NODATA = 34735, 42113  # tags of TIFF
 _MICROMETRES = {"micrometer": 1.0, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6, "nanometer": 1e-3}
@@ -702,7 +705,8 @@ def foreground(source: Reader, mask: str) -> np.ndarray:  # [h, w] bool
     Args:
         source: the image.
         mask: a file that is not zero there, of the image's proportions; or ``"otsu"``: pixels whose saturation lies
-            above the threshold that parts a slide's tissue from its glass best.
+            above the threshold that parts a slide's tissue from its glass best, blurred so that pale spots within
+            tissue count as well.
 
     Raises:
         InputError: a mask of other proportions, without foreground, or of an image without colours.
@@ -713,6 +717,7 @@ def foreground(source: Reader, mask: str) -> np.ndarray:  # [h, w] bool
         pixels, valid, _ = thumbnail(source)
         most = pixels.max(axis=2)
         saturation = np.divide(most - pixels.min(axis=2), most, out=np.zeros_like(most), where=most > 0)
+        saturation = _blurred(saturation)
         known = saturation if valid is None else saturation[valid]
         found = saturation > _otsu(known)
         if valid is not None:
@@ -730,6 +735,13 @@ def foreground(source: Reader, mask: str) -> np.ndarray:  # [h, w] bool
     if not found.any():
         raise expected("--mask", "some foreground", "none")
     return found
+
+
+def _blurred(values: np.ndarray) -> np.ndarray:  # [h, w]
+    """The mean of a square around each pixel."""
+    side = 2 * int(max(values.shape) * TISSUE_BLUR / 2) + 1
+    square = {"kernel_size": side, "stride": 1, "padding": side // 2, "count_include_pad": False}
+    return F.avg_pool2d(torch.from_numpy(values)[None, None], **square)[0, 0].numpy()
 
 
 def _otsu(values: np.ndarray) -> float:

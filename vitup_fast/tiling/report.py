@@ -26,9 +26,8 @@ def draw_report(path: Path, source: Source, stores: Sequence[Store], grid: Grid)
         return
     plane = source.open()
     try:
-        # The start of a window near the middle, whose neighbour sees both of its sides.
-        row, column = (spans[len(spans) // 2].start for spans in (grid.rows, grid.columns))
         half = max(1, round(grid.window * ZOOM))
+        row, column = _border(grid, shown[0].product.known(_overview(shown[0])))
         y0, x0 = max(0, min(row, grid.height - half) - half), max(0, min(column, grid.width - half) - half)
         height, width = min(2 * half, grid.height - y0), min(2 * half, grid.width - x0)
         overview = thumbnail(plane.reader, OVERVIEW)
@@ -38,12 +37,7 @@ def draw_report(path: Path, source: Source, stores: Sequence[Store], grid: Grid)
     limits = _limits(source, plane.reader.dtype == np.uint8, overview)
     pictures = [("input", _grey_or_rgb(overview, limits))]
     for store in shown:
-        level = count_levels(store.product, grid.cells) - 1
-        values = np.asarray(store.array(level)[:]) if (store.root / str(level)).exists() else None
-        if values is None:
-            thin = max(1, max(grid.cells) // OVERVIEW)
-            values = np.asarray(store.array()[..., ::thin, ::thin])
-        pictures.append((store.product.name, _colours(values, store)))
+        pictures.append((store.product.name, _colours(_overview(store), store)))
     pictures.append(("input, across a window's border", _grey_or_rgb(zoom, limits)))
     s = float(grid.stride)
     cells = (
@@ -63,6 +57,37 @@ def draw_report(path: Path, source: Source, stores: Sequence[Store], grid: Grid)
     canvas.paste(above, (0, 0))
     canvas.paste(below, (0, above.height + 6))
     write_atomically(path, lambda temporary: canvas.save(temporary, format="PNG"))
+
+
+def _overview(store: Store) -> np.ndarray:  # [h, w] or [C, h, w]
+    """Return a coarse picture of a product."""
+    level = count_levels(store.product, store.placement.cells) - 1
+    if (store.root / str(level)).exists():
+        return np.asarray(store.array(level)[:])
+    thin = max(1, max(store.placement.cells) // OVERVIEW)
+    return np.asarray(store.array()[..., ::thin, ::thin])
+
+
+def _border(grid: Grid, known: np.ndarray) -> tuple[int, int]:
+    """Return row and column of the start of a window: near the middle, with answers all around as far as possible."""
+    known = known if known.ndim == 2 else known[0]
+    sums = np.pad(known, ((1, 0), (1, 0))).cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
+    edges, starts, far = [], [], []
+    for spans, size, count in zip(
+        (grid.rows, grid.columns), (grid.height, grid.width), known.shape, strict=True
+    ):
+        at = np.array([span.start for span in spans[1:] or spans])
+        reach = grid.window * ZOOM
+        around = (np.stack((at - reach, at + reach)) / size * count).round().astype(np.int64)
+        edges.append(np.clip(around, 0, count))
+        starts.append(at)
+        far.append(np.abs(at / size - 0.5))
+    (y0, y1), (x0, x1) = edges
+    inside = sums[np.ix_(y1, x1)] - sums[np.ix_(y0, x1)] - sums[np.ix_(y1, x0)] + sums[np.ix_(y0, x0)]
+    # Windows that are as full as any within a twentieth differ by their distance from the middle.
+    score = np.floor(20 * inside / max(1, inside.max())) - np.add.outer(*far)
+    row, column = np.unravel_index(score.argmax(), score.shape)
+    return int(starts[0][row]), int(starts[1][column])
 
 
 def _limits(source: Source, byte: bool, region: Region) -> tuple[float, float]:

@@ -76,7 +76,7 @@ REPORT = "report.png"
 class Estimate(NamedTuple):
     """What a run will take."""
 
-    windows: int  # background included
+    windows: int  # those of pixels that turn out to be background included
     seconds: float
     bytes: int  # before compression, on the disk
     memory: int  # bytes of all workers' buffers, beside models and their passes
@@ -368,6 +368,8 @@ def check_sharing(workers: int, shard: tuple[int, int], dask: str | None) -> Sha
         raise expected("--shard", "I/N with I from 1 to N", f"{shard[0]}/{shard[-1]}")
     if dask is not None and (workers > 1 or shard != (1, 1)):
         raise expected("--dask", "neither --workers nor --shard beside it", "both")
+    if dask is not None:
+        _dask_client(dask).close()  # a wrong address is told before anything is written
     return Sharing(workers, tuple(shard), dask)
 
 
@@ -502,9 +504,7 @@ def _estimate(
 ) -> Estimate:
     """Say what the missing blocks will take."""
     grid = job.grid
-    windows = grid.count_windows(segments)
-    if job.mask is not None:
-        windows = math.ceil(windows * min(1.0, 2 * float(job.mask.mean())))
+    windows = sum(job.count_foreground(s) for s in segments)
     each = seconds_per_window(job, model) if windows else 0.0
     cells = sum(
         (s.last - s.first) * grid.block * (grid.band(s.row)[1] - grid.band(s.row)[0]) for s in segments
@@ -752,16 +752,21 @@ def _dask_task(job: Work, packed: bytes, device: str, key: str, task: Any) -> in
     return job.count_windows([task])
 
 
+def _dask_client(address: str) -> Any:
+    """Connect to a Dask scheduler."""
+    distributed = require("distributed", "dask", "working with a Dask cluster")
+    try:
+        return distributed.Client(address, timeout=10)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise expected("--dask", "the address of a Dask scheduler", address) from error
+
+
 def _compute_by_dask(
     job: Work, tasks: Sequence[Any], model: Upsampler, address: str, tick: Callable[[int], object]
 ) -> None:
     """Share tasks among the workers of a Dask cluster, which see the same folders."""
     distributed = require("distributed", "dask", "working with a Dask cluster")
-    try:
-        client = distributed.Client(address, timeout=10)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise expected("--dask", "the address of a Dask scheduler", address) from error
-    with client:
+    with _dask_client(address) as client:
         key = f"{job.source.path}-{time.time_ns()}"
         shared = client.scatter([job, _packed(model)], broadcast=True)
         futures = [

@@ -148,6 +148,20 @@ class Job:
         """Pixels of the image that a window stands for."""
         return self.grid.step**2
 
+    def count_foreground(self, segment: Segment) -> int:
+        """Windows of a segment that the mask leaves something of."""
+        grid, mask = self.grid, self.mask
+        rows, columns = grid.rows_of(segment.row), grid.columns_of(segment)
+        if mask is None:
+            return len(rows) * len(columns)
+        first, last = grid.band(segment.row)
+        bands = [(max(first, r.first), min(last, r.last)) for r in rows]
+        y = [grid.sample(0, *band, mask.shape[0])[[0, -1]] + (0, 1) for band in bands]
+        x = [grid.sample(1, c.first, c.last, mask.shape[1])[[0, -1]] + (0, 1) for c in columns]
+        sums = np.pad(mask, ((1, 0), (1, 0))).cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
+        corners = sums[np.ix_(np.concatenate(y), np.concatenate(x))]
+        return int((np.diff(np.diff(corners, axis=0)[::2], axis=1)[:, ::2] > 0).sum())
+
 
 class Column(NamedTuple):
     """Windows of one column of a row of blocks."""
@@ -341,9 +355,8 @@ class Worker:
         first, last = grid.band(row)
         if mask is None:
             return np.ones((last - first, span.last - span.first), bool)
-        y = grid.centres(0, first, last) / grid.height * mask.shape[0]
-        x = grid.centres(1, span.first, span.last) / grid.width * mask.shape[1]
-        return mask[np.ix_(y.astype(np.int64), x.astype(np.int64))]
+        rows = grid.sample(0, first, last, mask.shape[0])
+        return mask[np.ix_(rows, grid.sample(1, span.first, span.last, mask.shape[1]))]
 
     def _sampled(self, valid: np.ndarray, row: int, span: Span, top: int) -> np.ndarray:  # [h, w] bool
         """Whether the pixels under the cells' centres are valid."""

@@ -170,7 +170,7 @@ def halve(values: np.ndarray, product: Product) -> np.ndarray:
     if product.name == "labels":
         a, b, c, d = np.sort(four, axis=0)
         return np.where(a == b, a, np.where(b == c, b, np.where(c == d, c, a)))
-    known = ~np.isnan(four) if np.isnan(product.nodata) else four != product.nodata
+    known = product.known(four)
     count = known.sum(axis=0)
     mean = np.where(known, four, 0).sum(axis=0, dtype=np.float64) / np.maximum(count, 1)
     if values.dtype.kind != "f":
