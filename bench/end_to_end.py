@@ -498,6 +498,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = make_parser("Benchmark of the whole upsampler, on a grid and at scattered coordinates.", 448**2)
     parser.prog = prog or parser.prog
     add = parser.add_argument
+    parser.epilog = "vitup-fast bench windows: batches of windows, from bytes to scores."
     add("--dense", nargs="+", type=int, metavar="SIDE", help="grids of these sides instead of --queries")
     add("--sparse", nargs="+", type=int, metavar="N", help="these scattered queries instead of --queries")
     add(

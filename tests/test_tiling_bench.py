@@ -5,11 +5,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiling_inputs import WINDOW, make_model, pixels, save
+from vitup_fast.bench import harness, windows
 from vitup_fast.bench import tiling as bench
 
-from vitup_fast import tiling
+from vitup_fast import InputError, ViTUpConfig, cli, tiling
 
 zarr = pytest.importorskip("zarr")
 
@@ -77,3 +79,44 @@ def test_what_is_around_the_network_is_told_from_it(model, tmp_path):
     assert 0 < run.around < seconds - run.network + 1e-3
     assert run.bytes > 7 * 7 * 64
     assert "forward" not in vars(model)
+
+
+def test_windows_from_bytes_to_scores_agree():
+    tiny, cpu = ViTUpConfig.preset("tiny"), torch.device("cpu")
+    impls = harness.check_implementations(None, cpu)
+    for dtype in (torch.float32, torch.bfloat16):
+        case = windows.windows_case(tiny, 2, 8, cpu, dtype, impls=impls, compiled=False)
+        rows = harness.judge_all(case, {"eager": case.eager, **case.providers})
+        assert {row.provider: row.failure for row in rows} == dict.fromkeys(["eager", *impls])
+        assert case.eager().shape == (2, 64, 8)
+    with pytest.raises(InputError, match="--stride"):
+        windows.windows_case(tiny, 1, 7, cpu, torch.float32)
+    with pytest.raises(InputError, match="--backward"):
+        windows.main(["--backward"])
+
+
+def test_windows_are_a_workload_of_bench(monkeypatch, capsys):
+    monkeypatch.setattr(
+        harness,
+        "peak_probes",
+        lambda *_: {
+            "F.linear": (lambda: None, harness.Work(1)),
+            "memory copy": (lambda: None, harness.Work(0, 1)),
+        },
+    )
+    arguments = [
+        "--preset",
+        "tiny",
+        "--batch",
+        "2",
+        "--stride",
+        "16",
+        "--dtype",
+        "float32",
+        "--quick",
+        "--no-compile",
+    ]
+    assert cli.main(["bench", "windows", *arguments, "--impl", "torch"]) == 0
+    assert "2 windows of 64 pixels to 8 scores every 16 pixels, float32" in capsys.readouterr().out
+    assert cli.main(["bench", "windows", *arguments, "--batch", "0"]) == cli.USER_ERROR
+    assert "--batch" in capsys.readouterr().err
