@@ -35,6 +35,7 @@ class TrainingConfig:
         crop_scale: least and largest side of a crop relative to the picture's shorter side.
         colour_jitter: largest relative change of brightness, contrast and saturation of a crop.
         relative_size: least and largest side of the crop relative to its container; the rest is noise.
+        fill_probability: share of the steps whose crops fill their containers, as whole pictures do in use.
         teacher_sizes: sides in pixels at which the teacher sees the crop; the largest gives one query a token.
         student_sizes: sides in pixels at which the student sees the container, one of them drawn a step.
         batch_size: crops a step, over all processes.
@@ -77,6 +78,7 @@ class TrainingConfig:
     crop_scale: tuple[float, float] = (0.3, 1.0)
     colour_jitter: float = 0.2
     relative_size: tuple[float, float] = (0.1, 1.0)
+    fill_probability: float = 0.0
     teacher_sizes: tuple[int, ...] = (224, 448, 896)
     student_sizes: tuple[int, ...] = (448,)
     batch_size: int = 24
@@ -123,7 +125,7 @@ class TrainingConfig:
         for name in ("learning_rate", "clip"):
             if getattr(self, name) <= 0:
                 raise expected(name, "a number above zero", getattr(self, name))
-        for name in ("cutout_probability", "colour_jitter", "ema"):
+        for name in ("cutout_probability", "fill_probability", "colour_jitter", "ema"):
             if getattr(self, name) > 1:
                 raise expected(name, "a number from 0 to 1", getattr(self, name))
         if self.l2 == self.cosine == self.similarity == 0:

@@ -196,9 +196,10 @@ class Placement(NamedTuple):
     container: int
 
     @classmethod
-    def draw(cls, config: TrainingConfig, rng: np.random.Generator) -> Placement:
-        """Draw size and place."""
-        side = round(config.crop_size * float(rng.uniform(*config.relative_size)))
+    def draw(cls, config: TrainingConfig, rng: np.random.Generator, fills: bool = False) -> Placement:
+        """Draw size and place, or let the crop be all there is."""
+        relative = float(rng.uniform(*config.relative_size))
+        side = config.crop_size if fills else round(config.crop_size * relative)
         left, top = (int(n) for n in rng.integers(0, config.crop_size - side + 1, 2))
         return cls(left, top, side, config.crop_size)
 

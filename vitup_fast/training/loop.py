@@ -244,7 +244,8 @@ class Run:
         size = int(common.choice(config.student_sizes))
         first = world.rank * local
         rngs = [np.random.default_rng([config.seed, STEP, self.step, first + i]) for i in range(local)]
-        placements = [Placement.draw(config, rng) for rng in rngs]
+        fills = bool(config.fill_probability) and common.random() < config.fill_probability
+        placements = [Placement.draw(config, rng, fills) for rng in rngs]
         count = config.blocks or self.geometry.blocks
         blocks = np.stack([rng.permutation(self.geometry.blocks)[:count] for rng in rngs])
         features = {
