@@ -20,7 +20,7 @@ from vitup_fast.training import Run, TrainingConfig
 from vitup_fast.training import loop as loop_module
 from vitup_fast.training.configuration import TRAINING_PRESETS
 from vitup_fast.training.data import Crops, Placement, find_pictures
-from vitup_fast.training.loop import BAD_BATCH, CHECKPOINT, LOG, NETWORK, PICTURE, learning_rate
+from vitup_fast.training.loop import BAD_BATCH, CHECKPOINT, LOG, NETWORK, PICTURE, World, learning_rate
 from vitup_fast.training.losses import cosine_distance, normalised_l2, similarity_divergence
 from vitup_fast.training.start import start_as_interpolation
 from vitup_fast.training.supervision import Batch, Geometry, accumulate_gradients
@@ -318,6 +318,21 @@ def batch_of(run, seed=0):
     placements = [Placement.draw(config, rng) for rng in rngs]
     blocks = torch.arange(geometry.blocks).repeat(2, 1)
     return Batch(crops, features, placements, blocks, config.student_sizes[0], rngs)
+
+
+def test_a_share_of_the_steps_sees_whole_pictures(pictures, tmp_path):
+    seen = {}
+    for share in (0.0, 0.4, 1.0):
+        run = make_run(pictures, tmp_path / str(share), fill_probability=share, relative_size=(0.5, 0.8))
+        examples = [next(run.examples.stream([k])) for k in range(2)]
+        steps = []
+        for run.step in range(40):
+            batch = run._batch(examples, World(0, 1), 2)
+            sides = {placement.side for placement in batch.placements}
+            assert sides == {run.config.crop_size} or max(sides) <= 0.8 * run.config.crop_size + 1
+            steps.append(sides == {run.config.crop_size})
+        seen[share] = sum(steps)
+    assert seen[0.0] == 0 < seen[0.4] < 40 == seen[1.0]
 
 
 def test_memory_settings_do_not_change_gradients(pictures, tmp_path):
