@@ -639,6 +639,23 @@ def test_module_runs_as_a_program():
     assert vitup_fast.__version__ in done.stdout
 
 
+def test_tolerance(photo, tmp_path, capsys):
+    options = ("-o", tmp_path, "--size", 40, 40, *RANDOM)
+    assert run("upsample", photo, *options, "--tolerance", 0.5) == 0
+    assert "% of the queries" in capsys.readouterr().out
+    features = np.load(tmp_path / "photo.npy")
+    with pytest.warns(UserWarning, match="random"):
+        model = vitup_fast.load("tiny", "random", device="cpu")
+    expected = model.dense(read_image(photo), (40, 40), tolerance=0.5)[0]
+    np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-5)
+    assert run("upsample", photo, *options, "--tolerance", 0.5, "--skip-existing") == 0
+    assert "done before" in capsys.readouterr().out
+    assert run("upsample", photo, *options, "--skip-existing") == 0
+    assert "done before" not in capsys.readouterr().out
+    assert run("upsample", photo, *options, "--tolerance", "nan") == cli.USER_ERROR
+    assert "tolerance: expected None or a finite number" in one_sentence(capsys)
+
+
 def test_progress_reaches_the_end_for_uneven_chunks(photo, monkeypatch):
     with pytest.warns(UserWarning, match="random"):
         model: Upsampler = vitup_fast.load("tiny", "random", device="cpu", query_chunk_size=7)

@@ -119,6 +119,29 @@ def test_dense_equals_definition(network, cache, chunk):
     assert (labels.long() == exact.argmax(-1)).float().mean() > 0.98
 
 
+def test_adaptive_maps(network, cache, recorded):
+    """Chunks are of one length but for the last of each half step, so that graphs serve them too."""
+    reports = []
+    with torch.no_grad():
+        for options in ({}, {"head": HEAD, "labels": True}):
+            maps = [
+                network.dense(
+                    cache[:1],
+                    (10, 13),
+                    tolerance=0.5,
+                    impl=impl,
+                    query_chunk_size=15,
+                    report=reports.append,
+                    **options,
+                )
+                for impl in ("triton", "reference")
+            ]
+            assert reports[-1].queries == reports[-2].queries
+            assert 0.3 < reports[-1].share < 1
+            close(*maps)
+    assert recorded["replayed"] > 0
+
+
 def test_second_chunk_is_recorded_and_later_ones_replayed(network, cache, coords, recorded):
     expected = network(cache, coords, impl="reference").detach()
     with torch.no_grad():

@@ -25,6 +25,7 @@ ROWS = (
         "network.weights",
         "network.image_cache",
         "network.grid",
+        "network.adaptive",
         "network.onnx_file",
         "heads",
         "files",

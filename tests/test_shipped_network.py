@@ -103,3 +103,21 @@ def test_int8_keeps_the_gain(photograph, features):
     vit_up = photograph.upsampler.vit_up
     low = vit_up.dense(photograph.prepare(impl="cpu_int8"), size, impl="cpu_int8")[0]
     assert gain(photograph, low) > (1 - INT8_SHARE) * gain(photograph, features)
+
+
+@torch.no_grad()
+def test_adaptive_maps_hold_their_tolerance(photograph):
+    """Few queries make nearly the whole map, and the report knows how nearly."""
+    vit_up, size = photograph.upsampler.vit_up, (192, 192)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = photograph.prepare()
+        whole = vit_up.dense(cache, size)[0]
+        reports = []
+        for tolerance in (0.3, 0.15):
+            adaptive = vit_up.dense(cache, size, tolerance=tolerance, report=reports.append)[0]
+    wider, report = reports
+    assert (adaptive == whole).all(-1).sum() >= report.queries[0]
+    assert wider.share < report.share < 0.4
+    assert mean_cosine(adaptive, whole) > 0.995
+    error = ((adaptive.float() - whole.float()).norm() / whole.float().norm()).item()
+    assert report.error[0] / 2 < error < 2 * report.error[0]

@@ -6,6 +6,7 @@ from . import kernels as kernels  # offers its kernels to the operations
 from .accelerate import accelerate
 from .errors import CheckpointError, InputError, MissingPackageError
 from .network import backbone, checkpoint, config, model
+from .network.adaptive import AdaptiveReport
 from .network.config import ViTUpConfig
 from .network.model import ImageCache, ViTUp
 from .sources import WeightsUnavailableError
@@ -14,6 +15,7 @@ from .upsampler import Upsampler, load
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveReport",
     "CheckpointError",
     "ImageCache",
     "InputError",

@@ -19,6 +19,7 @@ from .errors import InputError, brief, expected, require
 from .heads import Head
 from .images import normalise, write_atomically
 from .matching import Matches, check_points, find_matches
+from .network.adaptive import AdaptiveReport
 from .network.backbone import PUBLISHED_LORA_SCALING, Backbone, config_for, plain_defaults
 from .network.checkpoint import Header, check_finite, checkpoint_path, write_checkpoint
 from .network.config import ViTUpConfig
@@ -462,8 +463,10 @@ class Upsampler(nn.Module):
         return_all_layers: bool = False,
         head: Head | None = None,
         labels: bool = False,
+        tolerance: float | None = None,
         query_chunk_size: int | None = None,
         progress: Callable[[int], object] | None = None,
+        report: Callable[[AdaptiveReport], object] | None = None,
     ) -> Tensor | list[Tensor]:  # [B, H, W, D]
         """Predict features at the cell centres of an H x W grid over the image.
 
@@ -473,8 +476,11 @@ class Upsampler(nn.Module):
             return_all_layers: see :meth:`forward`.
             head: see :meth:`forward`.
             labels: see :meth:`forward`.
+            tolerance: compute the cells alone where interpolation is expected to be off by more, and interpolate the
+                others: 0.1 to 0.2 suit features, 0.5 to 2 labels; see :meth:`ViTUp.dense`. None computes every cell.
             query_chunk_size: overrides that of the constructor.
             progress: called after every chunk with the number of grid cells done in it.
+            report: called with the :class:`AdaptiveReport` of a map with a tolerance.
 
         Returns:
             Features ``[B, H, W, D]``, scores ``[B, H, W, C]``, labels ``[B, H, W]``, or the list of features.
@@ -490,7 +496,9 @@ class Upsampler(nn.Module):
             return_all_layers=return_all_layers,
             head=head,
             labels=labels,
+            tolerance=tolerance,
             progress=progress,
+            report=report,
             **self._budget(query_chunk_size),
         )
 

@@ -17,6 +17,7 @@ from .. import __version__
 from ..errors import InputError, brief, expected, require
 from ..files import byte_size, digest_file, digest_tensors
 from ..images import feature_picture, image_size, normalise, open_image, write_atomically
+from ..network.adaptive import AdaptiveReport, check_tolerance
 from ..network.model import check_size
 from ..sources import WeightsUnavailableError, find_model
 from ..upsampler import Upsampler, load
@@ -41,6 +42,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the results")
     parser.add_argument(
         "--size", nargs=2, type=int, metavar=("H", "W"), help="rows and columns of features (one per pixel)"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="T",
+        help="interpolate features where that is expected to be off by less, such as 0.15 (compute all)",
     )
     parser.add_argument(
         "--save", default="npy", choices=("npy", "safetensors"), help="format of the features"
@@ -95,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _upsample(args: argparse.Namespace) -> int:
     """Plan, so that a mistake costs no time; then work image by image, whatever becomes of the others."""
+    check_tolerance(args.tolerance)
     images = outputs.find_images(args.images)
     ignores_case = outputs.make_folder(args.output)
     targets = outputs.name_targets(images, args.output, args.save, args.pca, ignores_case)
@@ -111,7 +119,7 @@ def _upsample(args: argparse.Namespace) -> int:
                     print(f"{shown(target.image)}: done before", flush=True)
                     continue
                 with enough_memory(shown(target.image)), torch.no_grad():
-                    results = _compute(target, tuple(settings["size"]), model)
+                    results, spent = _compute(target, tuple(settings["size"]), model, args.tolerance)
             except InputError as error:
                 _fail(error, failures, targets)
                 continue
@@ -121,7 +129,10 @@ def _upsample(args: argparse.Namespace) -> int:
                 _save(file, result)
             outputs.remember(target, settings)
             shape = " x ".join(map(str, results[0].shape))
-            print(f"{shown(target.image)}: {shape} -> {', '.join(map(shown, target.files))}", flush=True)
+            cost = f" from {spent.share:.0%} of the queries" if spent is not None else ""
+            print(
+                f"{shown(target.image)}: {shape}{cost} -> {', '.join(map(shown, target.files))}", flush=True
+            )
             del results  # before the next ones are made
     if failures and len(targets) == 1:
         raise failures[0]
@@ -208,21 +219,30 @@ def _settings(args: argparse.Namespace, path: Path, model: Upsampler, parameters
         "dtype": model.model_config["dtype"],
         "hidden_layer_img_size": list(model.hidden_layer_img_size),
         "size": list(size),
+        **({} if args.tolerance is None else {"tolerance": args.tolerance}),
     }
 
 
-def _compute(target: Target, size: tuple[int, int], model: Upsampler) -> tuple[Tensor | Image, ...]:
-    """Compute what a target's files shall hold: features ``[H, W, D]`` on the CPU, and a picture of them."""
+def _compute(
+    target: Target, size: tuple[int, int], model: Upsampler, tolerance: float | None
+) -> tuple[tuple[Tensor | Image, ...], AdaptiveReport | None]:
+    """Compute what a target's files shall hold: features ``[H, W, D]`` on the CPU, and a picture of them.
+
+    With a tolerance the cost of the features is returned as well.
+    """
     tqdm = require("tqdm", "demo", "showing progress").tqdm
     image = open_image(target.image)
     with tqdm(total=size[0] * size[1], desc=brief(target.image.name, 40), unit="query") as bar:
-        features = model.dense(image, size, progress=bar.update)[0].cpu().contiguous()
+        reports: list[AdaptiveReport] = []
+        adaptive = {} if tolerance is None else {"tolerance": tolerance, "report": reports.append}
+        features = model.dense(image, size, progress=bar.update, **adaptive)[0].cpu().contiguous()
     if not all(row.isfinite().all() for row in features):
         remedy = "float16 overflows: try --dtype bfloat16." if features.dtype == torch.float16 else ""
         raise expected(shown(target.image), "finite features", "NaN or infinity", remedy)
     if target.files[0].suffix == ".npy" and features.dtype == torch.bfloat16:
         features = features.float()  # npy has no bfloat16
-    return (features, *(_picture(image, model, features) for _ in target.files[1:]))
+    pictures = (_picture(image, model, features) for _ in target.files[1:])
+    return (features, *pictures), reports[0] if reports else None
 
 
 def _picture(image: Image, model: Upsampler, features: Tensor) -> Image:

@@ -115,6 +115,16 @@ class Grid:
         token = (rows.token[:, None] * self.token_grid[1] + columns.token).flatten()  # [n]
         return Queries(coords, [FilmTable(gamma_beta, row, token) for gamma_beta in tables])
 
+    def cells(self, cells: Tensor) -> Queries:  # [n]
+        """The queries of any cells, counted row by row, with the table of all relative positions if there is one."""
+        y, x = cells // self.size[1], cells % self.size[1]
+        coords = torch.stack((self.columns.coords[x], self.rows.coords[y]), dim=-1).expand(self.batch, -1, -1)
+        if self.shared is None:
+            return Queries(coords, [None] * len(self.positions))
+        row = self.rows.phase[y] * len(self.columns.relative) + self.columns.phase[x]  # [n]
+        token = self.rows.token[y] * self.token_grid[1] + self.columns.token[x]  # [n]
+        return Queries(coords, [FilmTable(gamma_beta, row, token) for gamma_beta in self.shared])
+
     def _gamma_beta(self, relative_y: Tensor, relative_x: Tensor) -> list[Tensor]:
         """``[gamma, beta]`` of every block for all pairs of relative positions, in float32 or better."""
         y, x = torch.meshgrid(relative_y, relative_x, indexing="ij")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from ..ops.implementations import resolve
 from ..walks import choose_walk
 from ..walks.plan import Budget, Spans, cut, total_memory
 from ..walks.walk import Chunk, Decoding, Settings, Walk, plain_modes
+from .adaptive import CELL_BYTES, AdaptiveReport, Refinement, check_tolerance
 from .config import ViTUpConfig
 from .grid import SHARED_TABLE_ROWS, Grid, Queries, cell_centres
 from .image_cache import ImageCache
@@ -208,10 +210,12 @@ class ViTUp(nn.Module):
         return_all_layers: bool = False,
         head: Head | None = None,
         labels: bool = False,
+        tolerance: float | None = None,
         query_chunk_size: int | None = None,
         max_memory: int | None = None,
         impl: str = "auto",
         progress: Callable[[int], object] | None = None,
+        report: Callable[[AdaptiveReport], object] | None = None,
     ) -> Tensor | list[Tensor]:  # [B, H, W, D]
         """Predict features at the cell centres ``((j + 0.5) / W, (i + 0.5) / H)`` of an H x W grid.
 
@@ -224,10 +228,19 @@ class ViTUp(nn.Module):
             return_all_layers: see :meth:`forward`.
             head: see :meth:`forward`.
             labels: see :meth:`forward`.
+            tolerance: None computes every cell. A number makes the map adaptive: cells of a coarse lattice are
+                computed, then those between them where interpolation is expected to be off by more, and so on; the
+                rest is interpolated. It bounds what an interpolated cell is expected to be off by, relative to the
+                root mean square of what is returned, and is divided by sqrt(n) for a lattice that has one cell in n,
+                since so many depend on each. With ``labels`` it is relative to the margin between the two largest
+                scores. 0.1 to 0.2 suit features, 0.5 to 2 labels; 0 computes every cell. An adaptive map has no
+                gradients.
             query_chunk_size: see :meth:`forward`.
-            max_memory: see :meth:`forward`.
+            max_memory: see :meth:`forward`; with a tolerance at least 24 bytes for every cell of one image, and the
+                scores of these where labels are asked for.
             impl: see :meth:`forward`.
             progress: called after every chunk with the number of grid cells done in it, for all images together.
+            report: called at the end of an adaptive map with what it has cost and how far it may be off.
 
         Returns:
             Features in the network's dtype, or the list of L; differentiable unless gradients are disabled.
@@ -238,9 +251,14 @@ class ViTUp(nn.Module):
         self._check_cache(cache)
         H, W = check_size("size", size)
         query_chunk_size, max_memory = check_budget(query_chunk_size, max_memory)
+        tolerance = check_tolerance(tolerance)
+        if report is not None and tolerance is None:
+            raise expected("report", "a tolerance beside it", "none")
         options = _Options(return_all_layers, head, labels, impl, progress)
         wide = torch.promote_types(self.dtype, torch.float32)
         if torch.compiler.is_compiling():
+            if tolerance:
+                raise _not_adaptive(tolerance)
             # Shapes of tables depend on numbers that compilers do not follow.
             coords = cell_centres((H, W), wide, self.device).expand(cache.batch_size, -1, -1)
             outputs = {"return_all_layers": return_all_layers, "head": head, "labels": labels}
@@ -249,18 +267,31 @@ class ViTUp(nn.Module):
             return layers if return_all_layers else layers[0]
         self._check_output_fits(cache, H * W, options)
         weights, settings = self._prepare_pass(cache, None, options)
+        if tolerance and not settings.in_place:
+            raise _not_adaptive(tolerance)
         walk = choose_walk(settings)
         # A chunk's table has at most half as many rows as the chunk queries, and so has a shared one on a budget.
         table_bytes = len(self.vit_up_blocks) * self.config.dim * wide.itemsize
         # It comes from a wide copy of a block's position weights, for which a small budget has no room.
         positions = [block.position for block in weights.blocks]
         copy_bytes = 0 if self.dtype == wide else sum(t.numel() for t in positions[0]) * wide.itemsize
-        limited = copy_bytes > 0 and max_memory is not None
-        fits = not limited or max_memory >= 4 * copy_bytes
-        budget = max_memory - copy_bytes if limited and fits else max_memory
         per_query = self._query_bytes(walk, options) + table_bytes
-        limits = query_chunk_size, budget, per_query, self._least_scratch(walk)
-        chunk, scratch = Budget.divide(self.device, *limits)
+        budget, least_scratch = max_memory, self._least_scratch(walk)
+        if tolerance:
+            width = self._output_width(options)
+            per_query += 3 * width * wide.itemsize
+            if max_memory is not None:
+                scores_bytes = width * self.dtype.itemsize if labels else 0
+                map_bytes = H * W * (CELL_BYTES + scores_bytes)
+                least = map_bytes + per_query + least_scratch
+                if max_memory < least:
+                    wanted = f"at least {least} bytes, the need of an adaptive map of {H} x {W} cells"
+                    raise expected("max_memory", wanted, max_memory)
+                budget = max_memory - map_bytes
+        limited = copy_bytes > 0 and budget is not None
+        fits = not limited or budget >= 4 * copy_bytes
+        budget = budget - copy_bytes if limited and fits else budget
+        chunk, scratch = Budget.divide(self.device, query_chunk_size, budget, per_query, least_scratch)
         # A table differs from the definition, whose token centres are float32 numbers, by less than rounding the
         # cell centres to float32 does. Where float32 holds these, each query is computed, and in float64 always.
         exact_cells = all(n & (n - 1) == 0 for n in (H, W))
@@ -270,8 +301,16 @@ class ViTUp(nn.Module):
             most_rows = None
         place = cache.token_grid, cache.batch_size, wide, self.device
         grid = Grid((H, W), *place, weights.freqs, positions, most_rows)
-        spans = Spans(H, W, chunk)
-        output = self._run(cache, weights, settings, H * W, spans, scratch, grid.queries, options)
+        if tolerance:
+            output, spent = self._run_adaptive(
+                cache, weights, settings, chunk, scratch, grid, options, tolerance
+            )
+        else:
+            spans = Spans(H, W, chunk)
+            output = self._run(cache, weights, settings, H * W, spans, scratch, grid.queries, options)
+            spent = AdaptiveReport(H * W, (H * W,) * cache.batch_size, (0.0,) * cache.batch_size)
+        if report is not None:
+            report(spent)
         if return_all_layers:
             return [layer.unflatten(1, (H, W)) for layer in output]
         return output.unflatten(1, (H, W))
@@ -307,18 +346,12 @@ class ViTUp(nn.Module):
         options: _Options,
     ) -> Tensor | list[Tensor]:  # [B, count, E]
         """Walk spans of queries through the network and collect what is decoded of them."""
-        B, L = cache.batch_size, self.config.num_layers
-        folded = None
-        if options.head is not None:
-            folded = fold_head(options.head, weights.decoders[-1].weight, weights.decoders[-1].bias)
-        depths = tuple(range(L)) if options.return_all_layers else (L - 1,)
-        decoding = Decoding(depths, folded, options.labels)
+        B = cache.batch_size
+        decoding = self._decoding(weights, options)
         groups = [slice(0, B)]
         if not torch.compiler.is_compiling():
             groups = list(cut(B, max(1, spans.chunk // max(1, count))))  # images whose queries share a chunk
-        kind = choose_walk(settings)
-        look = self._look(weights, B * count) if kind.remembered else Look.NONE
-        walk = self._walk(kind, settings, weights, look)
+        walk = self._walk_for(weights, settings, B * count)
         outputs: Sequence[Tensor] = ()
         if settings.in_place:
             with plain_modes(self.device):
@@ -341,6 +374,81 @@ class ViTUp(nn.Module):
         if not settings.in_place:
             outputs = [_cat(layer, 1) for layer in zip(*pieces, strict=True)]
         return list(outputs) if options.return_all_layers else outputs[0]
+
+    def _run_adaptive(
+        self,
+        cache: ImageCache,
+        weights: NetworkWeights,
+        settings: Settings,
+        chunk: int,
+        scratch_bytes: int | None,
+        grid: Grid,
+        options: _Options,
+        tolerance: float,
+    ) -> tuple[Tensor | list[Tensor], AdaptiveReport]:  # [B, H * W, E]
+        """Walk the cells that are worth it, image by image, and interpolate the others."""
+        B, cells, dim = cache.batch_size, math.prod(grid.size), self.config.dim
+        decoding = self._decoding(weights, options)
+        numbers = decoding._replace(labels=False)
+        with plain_modes(self.device):
+            outputs = decoding.empty_outputs(B, cells, dim, settings.dtype, self.device)
+            # Labels are found by scores, of which those of one image are held.
+            scores = (
+                numbers.empty_outputs(1, cells, dim, settings.dtype, self.device) if decoding.labels else []
+            )
+        groups = [slice(i, i + 1) for i in range(B)]
+        spans = Spans(cells, 1, chunk)
+        queries, errors, told = [], [], 0
+        if B:
+            walk = self._walk_for(weights, settings, B * cells)
+            step = walk.begin(cache, numbers, spans, groups, scratch_bytes)
+            refinement = Refinement(grid.size, cache.token_grid, self.device)
+
+        def tell(done: int) -> None:
+            """Report cells of the grid, for all images together."""
+            nonlocal told
+            if options.progress is not None and done // B > told:
+                options.progress(done // B - told)
+                told = done // B
+
+        for group in groups:
+            asked = 0
+
+            def ask(part: Tensor, group: slice = group) -> list[Tensor]:
+                nonlocal asked
+                found = grid.cells(part)
+                out = numbers.empty_outputs(1, len(part), dim, settings.dtype, self.device)
+                answers = step(Chunk(group, found._replace(coords=found.coords[group])), out)
+                asked += len(part)
+                tell(group.start * cells + asked)
+                return [answer[0] for answer in answers]
+
+            layers = [layer[0] for layer in scores or [output[group] for output in outputs]]
+            spent, error = refinement.fill(layers, ask, tolerance, decoding.labels, spans.longest)
+            if decoding.labels:
+                parts = layers[0].split(chunk), outputs[0][group.start].split(chunk)
+                for part, best in zip(*parts, strict=True):
+                    best.copy_(part.argmax(-1))
+            queries.append(spent)
+            errors.append(error)
+            tell(group.stop * cells)
+        expected_errors = tuple(torch.stack(errors).tolist()) if errors else ()
+        report = AdaptiveReport(cells, tuple(queries), expected_errors)
+        return list(outputs) if options.return_all_layers else outputs[0], report
+
+    def _decoding(self, weights: NetworkWeights, options: _Options) -> Decoding:
+        """What is decoded for a caller."""
+        L, folded = self.config.num_layers, None
+        if options.head is not None:
+            folded = fold_head(options.head, weights.decoders[-1].weight, weights.decoders[-1].bias)
+        depths = tuple(range(L)) if options.return_all_layers else (L - 1,)
+        return Decoding(depths, folded, options.labels)
+
+    def _walk_for(self, weights: NetworkWeights, settings: Settings, queries: int) -> Walk:
+        """The walk for so many queries."""
+        kind = choose_walk(settings)
+        look = self._look(weights, queries) if kind.remembered else Look.NONE
+        return self._walk(kind, settings, weights, look)
 
     def _walk(
         self,
@@ -448,6 +556,16 @@ class ViTUp(nn.Module):
             raise expected(
                 "cache", f"device {self.device} of the network", cache.patch_grid.device, "Use cache.to."
             )
+
+
+def _not_adaptive(tolerance: float) -> InputError:
+    """The error where the cells to compute cannot depend on what was computed."""
+    return expected(
+        "tolerance",
+        "no gradient to be recorded, and nothing traced or transformed",
+        tolerance,
+        "Use torch.no_grad(), or tolerance=None.",
+    )
 
 
 def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
