@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vitup_fast.errors import InputError
-from vitup_fast.network import backbone as backbone_module
+from vitup_fast.network import patch_grid
 from vitup_fast.network.backbone import Backbone
 from vitup_fast.network.checkpoint import attach_lora, load_backbone, merge_lora, split_published
 from vitup_fast.network.config import ViTUpConfig
+from vitup_fast.ops import bilinear_sample
 
 timm = pytest.importorskip("timm")
 load_file = pytest.importorskip("safetensors.torch").load_file
 
-PATHS = [backbone_module._embed_folded, backbone_module._embed_strips]
+
+def embed_folded(images, weight, bias, size, *, fold=True):
+    embedding = patch_grid.Embedding(weight, bias, images.dtype)
+    return patch_grid.embed_grid(images, embedding, size, lambda tokens, rows: tokens, fold=fold)
+
+
+PATHS = [embed_folded, partial(embed_folded, fold=False)]
 SIZES = [
     ((28, 28), (14, 14)),  # 448 -> 3584 at small scale
     ((56, 56), (14, 14)),  # 896 -> 3584
@@ -128,7 +136,7 @@ def test_patch_grid_paths_and_their_gradients_meet_the_definition(embed, source,
     images = torch.randn(2, 3, *source, dtype=torch.float64, requires_grad=True)
     weight, bias = random_embedding()
     want = naive_embed(images, weight, bias, size)
-    got = embed(images, weight, bias, size, torch.float64)
+    got = embed(images, weight, bias, size)
     assert relative_error(got, want) < 1e-12
     cotangent = torch.randn_like(want)
     want_grads = torch.autograd.grad(want, (images, weight), cotangent)
@@ -151,22 +159,24 @@ def test_patch_grid_paths_for_any_size(source, size, patch, embed, seed):
     weight, bias = random_embedding(channels=2, dim=3, patch=patch)
     weight = weight.detach()
     want = naive_embed(images, weight, bias, size)
-    error = (embed(images, weight, bias, size, torch.float64) - want).abs().max()
+    error = (embed(images, weight, bias, size) - want).abs().max()
     assert error < 1e-12 * (weight.abs().sum() + 1)
 
 
 def test_strips_of_several_rows_and_without_bias(monkeypatch):
-    monkeypatch.setattr(backbone_module, "_STRIP_ELEMENTS", 2 * 3 * 4 * 16**2 * 2)
+    monkeypatch.setattr(patch_grid, "_STRIP_ELEMENTS", 2 * 3 * 4 * 16**2 * 2)
     images = torch.randn(2, 3, 11, 13, dtype=torch.float64)
     weight, _ = random_embedding()
-    got = backbone_module._embed_strips(images, weight, None, (5, 4), torch.float64)
-    assert relative_error(got, naive_embed(images, weight, None, (5, 4))) < 1e-12
+    for embed, grad in itertools.product(PATHS, (True, False)):
+        with torch.set_grad_enabled(grad):
+            got = embed(images, weight, None, (5, 4))
+        assert got.requires_grad is grad
+        assert relative_error(got, naive_embed(images, weight, None, (5, 4))) < 1e-12
 
 
-def test_published_sizes_fold_and_never_hold_the_resized_image():
-    weight = torch.randn(384, 3, 16, 16)
-    for source, folds in [((448, 448), True), ((896, 896), True), ((480, 640), True), ((449, 449), False)]:
-        assert backbone_module._folding_pays(torch.empty(1, 3, *source), weight, (224, 224)) is folds
+def test_small_images_fold_and_the_resized_image_never_exists():
+    for source, folds in [((448, 448), True), ((480, 640), True), ((449, 449), True), ((2999, 99), False)]:
+        assert patch_grid.folding_pays(torch.empty(1, 3, *source), 16, (224, 224)) is folds
 
     model = random_model("vit_small_plus_patch16_dinov3_qkvb", depth=1, swiglu_align_to=8).float()
     backbone = Backbone(model, (0,)).requires_grad_(False)
@@ -175,6 +185,50 @@ def test_published_sizes_fold_and_never_hold_the_resized_image():
             grid = backbone.patch_grid(torch.randn(1, 3, *source), (224, 224))
         resized = 3 * 3584 * 3584 * 4
         assert max(largest.bytes, 4 * grid.numel()) == 4 * grid.numel() < resized / 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", ["rows folded", "rows interpolated", "a kernel for each row", "places"])
+def test_patch_grids_are_as_exact_as_plain_pytorch(dtype, way):
+    """Errors against float64, in units of those of resizing and convolving in the same dtype."""
+    torch.manual_seed(5)
+    source, size = ((57, 90) if way == "a kernel for each row" else (60, 90)), (40, 48)
+    images, weight = torch.randn(2, 3, *source), torch.randn(96, 3, 16, 16)
+    bias = torch.randn(96)
+    exact = naive_embed(images.double(), weight.double(), bias.double(), size)
+    images, weight, bias = images.to(dtype), weight.to(dtype), bias.to(dtype)
+    plain = (naive_embed(images, weight, bias, size).double() - exact).norm()
+    embedding, wide = patch_grid.Embedding(weight, bias, dtype), images.float()
+    if way == "places":
+        every = torch.ones(2, *size).nonzero()
+        got = patch_grid.embed_places(wide, embedding, size, every, lambda tokens, *place: tokens)
+    else:
+        fold = way != "rows interpolated"
+        got = patch_grid.embed_grid(wide, embedding, size, lambda tokens, rows: tokens, fold=fold)
+    assert got.dtype == dtype
+    assert (got.double() - exact).norm() < 1.5 * plain
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_patches_that_coordinates_touch(name, grad):
+    backbone = Backbone(random_model(name), (0,))
+    images = torch.randn(2, 3, 31, 44, dtype=torch.float64)
+    coords = torch.cat(
+        (torch.rand(2, 9, 2) * 1.4 - 0.2, torch.tensor([[[0.0, 1.0], [0.5, torch.nan]]] * 2)), 1
+    )
+    with torch.set_grad_enabled(grad):
+        whole, some = (backbone.patch_grid(images, (12, 20), at) for at in (None, coords))
+        sampled = [bilinear_sample(grid, coords[:, :-1]) for grid in (whole, some)]
+    assert relative_error(sampled[1], sampled[0]) < 1e-12
+    computed = some.ne(0).any(-1)
+    assert relative_error(some[computed], whole[computed]) < 1e-12
+    assert 8 < computed.sum() < 100
+    if grad:
+        for grid in (whole, some):
+            grid.square().sum().backward()
+        with pytest.raises(InputError, match="coords: expected batch size 2"):
+            backbone.patch_grid(images, (12, 20), coords[:1])
 
 
 def test_patch_grid_trains_the_patch_embedding_adapter(golden):
@@ -209,12 +263,12 @@ def test_patch_grid_in_low_precision_and_autocast():
 
 
 def test_a_first_call_in_inference_mode_does_not_spoil_training():
-    backbone_module._fold_axis.cache_clear()
+    patch_grid.plan_axis.cache_clear()
     images = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     weight, bias = random_embedding()
     with torch.inference_mode():
-        backbone_module._embed_folded(images, weight, bias, (4, 4), torch.float64)
-    backbone_module._embed_folded(images, weight, bias, (4, 4), torch.float64).sum().backward()
+        embed_folded(images, weight, bias, (4, 4))
+    embed_folded(images, weight, bias, (4, 4)).sum().backward()
     assert weight.grad.abs().max() > 0
 
 
@@ -613,7 +667,7 @@ STATES = {
 @pytest.mark.parametrize("name", ["vit_small_plus_patch16_dinov3_qkvb", "vit_tiny_patch16_224"])
 def test_hidden_states_and_patch_grid_in_every_state(state, source, name):
     """What a first call computes and keeps is that of any other call, for gradients too."""
-    backbone_module._fold_axis.cache_clear()
+    patch_grid.plan_axis.cache_clear()
     backbone = Backbone(random_model(name, **({"swiglu_align_to": 8} if "plus" in name else {})), (0, 3))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, 3, *source, generator=generator, dtype=torch.float64)
@@ -624,7 +678,7 @@ def test_hidden_states_and_patch_grid_in_every_state(state, source, name):
     with state():
         first = outputs()
     backbone_outputs = outputs()
-    backbone_module._fold_axis.cache_clear()
+    patch_grid.plan_axis.cache_clear()
     for mine, later, exact in zip(first, backbone_outputs, outputs(), strict=True):
         torch.testing.assert_close(mine, exact, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(later, exact, rtol=0, atol=0)
@@ -654,7 +708,7 @@ def test_backbones_are_exported_and_compiled(name, source):
     both = Both(Backbone(model, (0, 1)))
     images = torch.randn(1, 3, *source, dtype=torch.float64)
     want = both(images)
-    backbone_module._fold_axis.cache_clear()
+    patch_grid.plan_axis.cache_clear()
     exported = torch.export.export(both, (images,), strict=False).module()
     torch._dynamo.reset()
     compiled = torch.compile(both, fullgraph=True, backend="eager", dynamic=True)
@@ -665,11 +719,12 @@ def test_backbones_are_exported_and_compiled(name, source):
 
 def test_plans_of_the_fine_grid_hold_numbers_alone():
     for source, patches, patch in itertools.product((1, 5, 16, 37, 448), (1, 3, 14), (8, 14)):
-        axis = backbone_module._fold_axis(source, patches, patch)
+        axis = patch_grid.plan_axis(source, patches, patch)
         leaves = tree_leaves(tuple(axis))
         assert all(type(leaf) is int for leaf in leaves)
+        sums = axis.matrices(range(axis.period)).sum(-1)
         torch.testing.assert_close(
-            axis.matrices().sum(-1), torch.ones(axis.period, patch, dtype=torch.float64), rtol=0, atol=1e-12
+            sums, torch.ones(axis.period, patch, dtype=torch.float64), rtol=0, atol=1e-12
         )
 
 

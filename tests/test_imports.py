@@ -26,6 +26,7 @@ ROWS = (
         "network.image_cache",
         "network.grid",
         "network.adaptive",
+        "network.patch_grid",
         "network.onnx_file",
         "heads",
         "files",

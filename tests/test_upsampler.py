@@ -149,8 +149,8 @@ def test_calls_agree(model, images):
     direct = model(images, query)
     assert direct.shape == (2, 9, TINY.dim)
     model.set_images(images)
-    assert torch.equal(model(None, query), direct)
-    assert torch.equal(model(query_coords=query), direct)
+    torch.testing.assert_close(model(None, query), direct)
+    assert torch.equal(model(query_coords=query), model(None, query))
     layers = model(None, query, return_all_layers=True)
     assert len(layers) == TINY.num_layers
     torch.testing.assert_close(layers[-1], direct)
@@ -281,3 +281,52 @@ def test_parts_must_fit():
     _, vit = seeded_network(dataclasses.replace(TINY, layer_indices=(0, 1, 4)))
     with pytest.raises(InputError, match="backbone: expected width 64 and depths"):
         Upsampler(network, vit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["forward", "points"])
+def test_few_points_of_new_images_embed_the_patches_they_touch(model, images, dtype, method, monkeypatch):
+    """Whatever is asked next, features are those of the whole fine grid."""
+    model = model.to(dtype)
+    monkeypatch.setattr("vitup_fast.upsampler._POINT_PATCHES", 4)
+    embedded = []
+    whole_grid = type(model.backbone).patch_grid
+    monkeypatch.setattr(
+        type(model.backbone),
+        "patch_grid",
+        lambda self, images, size, coords=None: (
+            embedded.append(coords) or whole_grid(self, images, size, coords)
+        ),
+    )
+
+    def ask(new, at):
+        if method == "forward":
+            return model(new, at)
+        return model.points(at * at.new_tensor((70, 50)), new)
+
+    queries = [torch.rand(2, n, 2) * 1.2 - 0.1 for n in (3, 7, 300, 5)]
+    given = images.clone()
+    features = [ask(given, queries[0])]
+    given.fill_(torch.nan)
+    features += [ask(None, at) for at in queries[1:]]
+    assert [coords is not None for coords in embedded] == [True, True, False]
+    features.append(model.dense(size=(3, 4)))
+    assert len(embedded) == 3
+
+    model.set_images(images)
+    assert embedded.pop() is None
+    exact = [*(ask(None, at) for at in queries), model.dense(size=(3, 4))]
+    limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 0.02}[dtype]
+    for mine, whole in zip(features, exact, strict=True):
+        assert relative(mine, whole.double()) < limit
+
+
+def test_a_whole_map_follows_few_points(model, images):
+    few = model(images, coords(2, 2))
+    assert model.get_cache_data().patch_grid.ne(0).any(-1).all()
+    torch.testing.assert_close(model(None, coords(2, 2)), few)
+    model(images[:1], coords(1, 2))
+    model.vit_up.decoder_mlp[-1].mlp[1].bias.data.add_(1.0)
+    found = model.dense(size=(2, 2))
+    model.set_images(images[:1])
+    torch.testing.assert_close(found, model.dense(size=(2, 2)))

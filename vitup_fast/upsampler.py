@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -47,6 +49,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+# Patches of the whole fine grid that cost as much as those which one point touches.
+_POINT_PATCHES = 64
+
+
 class _CurrentImages(NamedTuple):
     """Images, and what was computed of them by which weights."""
 
@@ -54,6 +60,9 @@ class _CurrentImages(NamedTuple):
     cache: ImageCache | None = None
     source: Snapshot | None = None
     dtype: torch.dtype | None = None
+    points: int | None = (
+        None  # how many were answered so far, if the fine grid holds the last call's patches alone
+    )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -431,6 +440,9 @@ class Upsampler(nn.Module):
     ) -> Tensor | list[Tensor]:  # [B, N, D]
         """Predict features at continuous coordinates.
 
+        Of new images that come with few coordinates only the patches they touch are embedded; features are the same up
+        to rounding, and other calls for these images compute what they need.
+
         Args:
             images: new images as for :meth:`set_images`; None keeps those set last.
             query_coords: (x, y) in [0, 1] over the image, x to the right, float32 or float64, on any device.
@@ -449,9 +461,9 @@ class Upsampler(nn.Module):
         if query_coords is None:
             raise expected("query_coords", "a tensor of shape (B, N, 2)", None)
         check_coords(query_coords)
-        cache = self._images(images).cache
-        options = self._budget(query_chunk_size)
         coords = self._moved("query_coords", query_coords)
+        cache = self._images(images, lambda pixels: coords).cache
+        options = self._budget(query_chunk_size)
         outputs = {"return_all_layers": return_all_layers, "head": head, "labels": labels}
         return self.vit_up(cache, coords, **outputs, **options)
 
@@ -529,18 +541,22 @@ class Upsampler(nn.Module):
         Raises:
             InputError: an argument that does not fit, or no images yet.
         """
-        current = self._images(images)
-        if isinstance(pixels, Tensor) and pixels.dim() == 2:
-            pixels = pixels.expand(len(current.pixels), -1, -1)
-        if not isinstance(pixels, Tensor) or pixels.dim() != 3 or pixels.shape[-1] != 2:
+        if not isinstance(pixels, Tensor) or pixels.dim() not in (2, 3) or pixels.shape[-1] != 2:
             got = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
             raise expected("pixels", "a tensor of shape (B, N, 2) or (N, 2)", got)
         if pixels.dtype not in COORDINATE_DTYPES:
             raise expected("pixels", "dtype float32 or float64", pixels.dtype)
-        height, width = current.size
-        coords = self._moved("pixels", pixels / pixels.new_tensor((width, height)))
+
+        def coords_in(images: Tensor) -> Tensor:
+            """The points as parts of the images' sides."""
+            batched = pixels.expand(len(images), -1, -1) if pixels.dim() == 2 else pixels
+            return self._moved("pixels", batched / pixels.new_tensor(images.shape[:1:-1]))
+
+        current = self._images(images, coords_in)
         outputs = {"return_all_layers": return_all_layers, "head": head, "labels": labels}
-        return self.vit_up(current.cache, coords, **outputs, **self._budget(query_chunk_size))
+        return self.vit_up(
+            current.cache, coords_in(current.pixels), **outputs, **self._budget(query_chunk_size)
+        )
 
     @torch.no_grad()
     def match(
@@ -586,19 +602,28 @@ class Upsampler(nn.Module):
             raise expected(name, "one image", f"a batch of {len(current.pixels)}")
         return current
 
-    def _images(self, images: Tensor | Image | None) -> _CurrentImages:
-        """Compute new images if there are any, else return those set last.
+    def _images(
+        self, images: Tensor | Image | None, coords_in: Callable[[Tensor], Tensor] | None = None
+    ) -> _CurrentImages:
+        """Compute new images if there are any, else return those set last, with all that a call needs.
 
-        A call works on what this returns, whatever other threads set meanwhile.
+        A call works on what this returns, whatever other threads set meanwhile. ``coords_in`` returns the points that
+        the call asks for in images ``[B, 3, H, W]``: of few points only the patches they touch are embedded.
         """
         if images is not None:
-            return self._set_images(images)
+            pixels = self._pixels(images)
+            few = coords_in is not None and self._may_embed_few(pixels)
+            return self._compute(pixels, coords_in(pixels) if few else None)
         if self._current is None:
             raise expected("images", "images, or a call of set_images before", None)
-        return self._known_images()
+        return self._known_images(coords_in)
 
     def _set_images(self, images: Tensor | Image) -> _CurrentImages:
         """Check images, compute and remember them."""
+        return self._compute(self._pixels(images))
+
+    def _pixels(self, images: Tensor | Image) -> Tensor:  # [B, 3, H, W]
+        """Check images, and move them to the network."""
         if not isinstance(images, Tensor):
             if not hasattr(images, "convert"):
                 raise expected("images", "a tensor or a PIL image", type(images).__name__)
@@ -607,31 +632,56 @@ class Upsampler(nn.Module):
             images = images.unsqueeze(0)
         if images.dim() != 4:
             raise expected("images", "shape (3, H, W) or (B, 3, H, W)", tuple(images.shape))
-        return self._compute(self._moved("images", images))
+        return self._moved("images", images)
 
-    def _known_images(self) -> _CurrentImages:
+    def _known_images(self, coords_in: Callable[[Tensor], Tensor] | None = None) -> _CurrentImages:
         """The images set last, computed anew if weights or the compute type have changed since."""
         current = self._current
-        if torch.compiler.is_compiling() and current.cache is not None:
+        complete = current.points is None
+        if torch.compiler.is_compiling() and current.cache is not None and complete:
             return current
         unchanged = current.source is not None and current.source.holds(parameters_and_buffers(self))
-        if unchanged and current.dtype == self.vit_up.compute_dtype:
+        if not unchanged or current.dtype != self.vit_up.compute_dtype:
+            return self._compute(current.pixels.to(self.device))
+        if complete:
             return current
-        return self._compute(current.pixels.to(self.device))
+        coords = None if coords_in is None else coords_in(current.pixels)
+        few = coords is not None and self._are_few(coords, current.points)
+        with ordinary_tensors():
+            grid = self.backbone.patch_grid(current.pixels, self.patch_grid_size, coords if few else None)
+        cache = replace(current.cache, patch_grid=grid.to(current.cache.patch_grid.dtype).contiguous())
+        points = current.points + coords.shape[1] if few else None
+        current = self._current = current._replace(cache=cache, points=points)
+        return current
 
-    def _compute(self, pixels: Tensor) -> _CurrentImages:  # [B, 3, H, W]
-        """Run the backbone and prepare the network."""
+    def _may_embed_few(self, pixels: Tensor) -> bool:
+        """Whether the rest of the fine grid could be computed later, and no gradient flows through it."""
+        gradients = torch.is_grad_enabled() and (
+            pixels.requires_grad or any(p.requires_grad for p in self.backbone.parameters())
+        )
+        # Adapters may be enabled now and not then.
+        return are_plain(pixels) and not gradients and not self.backbone.lora_parameters()
+
+    def _are_few(self, coords: Tensor, before: int = 0) -> bool:
+        """Whether embedding the patches that points touch is less work than the whole fine grid."""
+        return (before + coords.shape[1]) * _POINT_PATCHES <= math.prod(self.patch_grid_size)
+
+    def _compute(self, pixels: Tensor, coords: Tensor | None = None) -> _CurrentImages:  # [B, 3, H, W]
+        """Run the backbone and prepare the network; of the fine grid take what few points need, if they are given."""
         # What PyTorch traces or transforms means nothing in a later call.
         remembers = are_plain(pixels)
+        few = coords is not None and self._are_few(coords)
         with ordinary_tensors() if remembers else nullcontext():
-            pixels = recordable(pixels)
+            # The caller may write into the images before the rest of their fine grid is computed.
+            pixels = pixels.clone() if few else recordable(pixels)
             hidden_states = self.backbone.hidden_states(pixels, self.hidden_layer_img_size)
-            patch_grid = self.backbone.patch_grid(pixels, self.patch_grid_size)
+            patch_grid = self.backbone.patch_grid(pixels, self.patch_grid_size, coords if few else None)
             cache = self.vit_up.prepare(hidden_states, patch_grid)
         if not remembers:
             return _CurrentImages(pixels, cache)
         source = Snapshot(parameters_and_buffers(self))
-        current = self._current = _CurrentImages(pixels, cache, source, self.vit_up.compute_dtype)
+        points = coords.shape[1] if few else None
+        current = self._current = _CurrentImages(pixels, cache, source, self.vit_up.compute_dtype, points)
         return current
 
     def _moved(self, name: str, tensor: Tensor) -> Tensor:

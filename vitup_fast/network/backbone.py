@@ -6,11 +6,8 @@ Any timm model with ``patch_embed``, ``blocks`` and ``norm`` will do; the publis
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache
-from itertools import product
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -18,18 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError, brief, expected, require
 from ..images import MEAN, STD
-from ..ops.checks import FEATURE_DTYPES, are_plain, check_count, check_layer, check_plain
+from ..ops.checks import FEATURE_DTYPES, check_coords, check_count, check_layer, check_plain
 from .config import ViTUpConfig
+from .patch_grid import Embedding, embed_grid, embed_places, touched_places
 
 LORA_PREFIX = "backbone.base_model.model."
 PUBLISHED_LORA_SCALING = 2.0
-
-_MAX_PHASES = 64
-_STRIP_ELEMENTS = 2**20
+# Columns of the fine grid whose learned positions are interpolated by one matrix.
+_POSITION_BLOCK = 32
 
 
 class Backbone(nn.Module):
@@ -150,7 +146,13 @@ class Backbone(nn.Module):
         with _plain_factories():  # timm places its rotary angles by PyTorch's defaults
             if 0 in self.layer_indices:
                 tokens = self.model.patch_embed(images)
-                states[0] = self._embedding_output(tokens.reshape(len(images), *patches, self.dim))
+                positions = self._positions(patches)
+                if positions is not None:
+                    positions = positions.rows(
+                        torch.arange(patches[0], dtype=torch.int64, device=tokens.device)
+                    )
+                tokens = tokens.reshape(len(images), *patches, self.dim)
+                states[0] = self._embedding_output(tokens, positions)
             depths = sorted(set(self.layer_indices) - {0})
             if depths:
                 outputs = self.model.forward_intermediates(
@@ -168,17 +170,19 @@ class Backbone(nn.Module):
         self,
         images: Tensor,  # [B, 3, H, W]
         size: tuple[int, int],
+        coords: Tensor | None = None,  # [B, N, 2]
     ) -> Tensor:
         """Embed the patches of the enlarged image, without ever holding that image.
 
         Equal to the embedding output (no blocks) of the image resized bilinearly to
-        ``(P * patch_size, Q * patch_size)``. Both maps are linear and separable per axis: where few distinct
-        interpolation windows occur they fold into the patch embedding, elsewhere the image is enlarged strip
-        by strip. Gradients flow to the images and to the patch embedding.
+        ``(P * patch_size, Q * patch_size)``, computed strip by strip. Gradients flow to the images and to the
+        patch embedding.
 
         Args:
             images: normalised images, [B, 3, H, W], any floating dtype.
             size: rows P and columns Q of patches.
+            coords: (x, y) in [0, 1], float32 or float64; only the patches that bilinear sampling reads there are
+                computed, and the others are zeros. None computes all.
 
         Returns:
             Patch embeddings [B, P, Q, D], in the autocast dtype where autocast is on, else in the weights'.
@@ -190,17 +194,26 @@ class Backbone(nn.Module):
         _check_layers(self.model)
         self._check_images(images)
         size = _checked_size(size, 1)
+        if coords is not None:
+            check_coords(coords, batch=len(images))
         embed = self.model.patch_embed
         weight = embed.proj.weight
         device = images.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-        with torch.autocast(device, enabled=False):
-            images = images.to(_resize_dtype(images, weight))
-            method = _embed_folded if _folding_pays(images, weight, size) else _embed_strips
-            tokens = method(images, weight, embed.proj.bias, size, dtype)  # [B, P, Q, D]
+        images = images.to(_resize_dtype(images, weight))
+        embedding = Embedding(weight, embed.proj.bias, dtype)
+        positions = self._positions(size)
+        finished = lambda tokens, places: self._embedding_output(embed.norm(tokens), places)  # noqa: E731
         with _plain_factories():
-            return self._embedding_output(embed.norm(tokens))
+            if coords is None:
+                return embed_grid(
+                    images, embedding, size, lambda t, rows: finished(t, positions and positions.rows(rows))
+                )
+            places = touched_places(coords, size)
+            return embed_places(
+                images, embedding, size, places, lambda t, *at: finished(t, positions and positions.at(*at))
+            )
 
     def add_lora(self, rank: int, scaling: float = PUBLISHED_LORA_SCALING) -> None:
         """Freeze the model and add trainable low-rank adapters, at first without effect.
@@ -337,17 +350,19 @@ class Backbone(nn.Module):
         blocks = self.model.blocks
         return blocks[depth].norm1 if depth < len(blocks) else self.model.norm
 
-    def _embedding_output(
-        self,
-        tokens: Tensor,  # [B, P, Q, D]
-    ) -> Tensor:
-        """Add what timm puts between patch embedding and first block: absolute positions and a norm."""
+    def _positions(self, size: tuple[int, int]) -> _Positions | None:
+        """Return the learned positions of a grid of patches; None if the model has none."""
         model = self.model
-        if getattr(model, "pos_embed", None) is not None:
-            prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
-            table = model.pos_embed[0, prefix:].unflatten(0, tuple(model.patch_embed.grid_size))
-            tokens = tokens + _resampled(table, tuple(tokens.shape[1:3]))
-        return model.norm_pre(tokens) if hasattr(model, "norm_pre") else tokens
+        if getattr(model, "pos_embed", None) is None:
+            return None
+        prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+        table = model.pos_embed[0, prefix:].unflatten(0, tuple(model.patch_embed.grid_size))
+        return _Positions.resampled(table, size)
+
+    def _embedding_output(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        """Add what timm puts between patch embedding and first block: absolute positions and a norm."""
+        tokens = tokens if positions is None else tokens + positions
+        return self.model.norm_pre(tokens) if hasattr(self.model, "norm_pre") else tokens
 
     def _check_images(self, images: Tensor) -> None:
         """Refuse what is not a batch of floating-point images with the model's channels."""
@@ -568,26 +583,71 @@ def _sites(model: nn.Module) -> list[LoRASite]:
     return sites
 
 
-def _resampled(
-    table: Tensor,  # [R, C, D]
-    size: tuple[int, int],
-) -> Tensor:  # [P, Q, D]
-    """Resize a table of positions as timm does, bicubic with antialiasing, by a small matrix for each axis."""
-    if tuple(table.shape[:2]) == size:
-        return table
-    wide = torch.promote_types(table.dtype, torch.float32)
-    rows, columns = (
-        F.interpolate(
-            torch.eye(source, dtype=torch.float64, device=table.device)[None, None],
-            (target, source),
-            mode="bicubic",
-            antialias=True,
-        )[0, 0].to(wide)  # [target, source]
-        for source, target in zip(table.shape[:2], size, strict=True)
-    )
-    with torch.autocast(table.device.type, enabled=False):
-        across = columns @ table.to(wide)  # [R, Q, D]
-        return (rows @ across.flatten(1)).unflatten(1, across.shape[1:]).to(table.dtype)
+class _Positions(NamedTuple):
+    """Learned positions, resized as timm does, bicubic with antialiasing, by a small matrix for each axis.
+
+    Attributes:
+        table: the learned positions.  # [R, C, D]
+        of_rows: None where the table has the grid's size.  # [P, R]
+        of_columns: see ``of_rows``.  # [Q, C]
+        bands: ``of_columns`` in blocks of neighbours, which read few columns of the table.  # [blocks, block, band]
+        seen: which these are.  # [blocks, band]
+    """
+
+    table: Tensor
+    of_rows: Tensor | None = None
+    of_columns: Tensor | None = None
+    bands: Tensor | None = None
+    seen: Tensor | None = None
+
+    @classmethod
+    def resampled(cls, table: Tensor, size: tuple[int, int]) -> _Positions:
+        """Resize a table to a grid of ``size``."""
+        if tuple(table.shape[:2]) == size:
+            return cls(table)
+        of_rows, of_columns = (
+            F.interpolate(
+                torch.eye(source, dtype=torch.float64, device=table.device)[None, None],
+                (target, source),
+                mode="bicubic",
+                antialias=True,
+            )[0, 0].to(torch.promote_types(table.dtype, torch.float32))  # [target, source]
+            for source, target in zip(table.shape[:2], size, strict=True)
+        )
+        columns = table.shape[1]
+        block = max(n for n in range(1, _POSITION_BLOCK + 1) if size[1] % n == 0)
+        # Bicubic interpolation reads two neighbours on either side, scaled where the table is reduced.
+        reach = math.ceil(2 * max(1, columns / size[1])) + 1
+        first = [math.floor((i + 0.5) * columns / size[1] - 0.5) - reach for i in range(0, size[1], block)]
+        band = min(columns, math.ceil(block * columns / size[1]) + 2 * reach + 1)
+        first = torch.tensor(first, dtype=torch.int64, device=table.device).clamp(0, columns - band)
+        seen = first[:, None] + torch.arange(band, dtype=torch.int64, device=table.device)  # [blocks, band]
+        blocks = of_columns.unflatten(0, (-1, block))  # [blocks, block, C]
+        bands = blocks.gather(2, seen[:, None].expand(-1, block, -1))
+        return cls(table, of_rows, of_columns, bands, seen)
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Positions of some rows of the grid; ``[..., Q, D]``."""
+        if self.of_rows is None:
+            return self.table[rows]
+        with torch.autocast(self.table.device.type, enabled=False):
+            near = self._along(self.of_rows[rows])[..., self.seen, :]  # [..., blocks, band, D]
+            return (self.bands @ near).flatten(-3, -2).to(self.table.dtype)
+
+    def at(self, row: Tensor, column: Tensor) -> Tensor:
+        """Positions of single patches; ``[n, D]``."""
+        if self.of_rows is None:
+            return self.table[row, column]
+        rows, counts = row.unique_consecutive(return_counts=True)
+        with torch.autocast(self.table.device.type, enabled=False):
+            columns = self.of_columns[column].split(counts.tolist())  # [n of the row, C] each
+            along = self._along(self.of_rows[rows])  # [rows, C, D]
+            return torch.cat([c @ a for c, a in zip(columns, along, strict=True)]).to(self.table.dtype)
+
+    def _along(self, of_rows: Tensor) -> Tensor:
+        """Interpolate rows; ``[..., R] -> [..., C, D]``."""
+        table = self.table.to(of_rows.dtype)
+        return (of_rows @ table.flatten(1)).unflatten(-1, table.shape[1:])
 
 
 def _check_model(model: nn.Module) -> None:
@@ -638,162 +698,3 @@ def _checked_size(size: tuple[int, int], unit: int) -> tuple[int, int]:
 def _resize_dtype(images: Tensor, weight: Tensor) -> torch.dtype:
     """Return the dtype in which images are resized: never narrower than float32, images or weights."""
     return torch.promote_types(torch.promote_types(images.dtype, weight.dtype), torch.float32)
-
-
-def _bilinear_positions(source: int, target: int, count: int) -> tuple[Tensor, Tensor]:
-    """Return floor and fraction of ``(i + 0.5) * source / target - 0.5`` for i < count, computed exactly."""
-    index = torch.arange(count, dtype=torch.int64, device="cpu")
-    numerator = (2 * index + 1) * source - target
-    floor = torch.div(numerator, 2 * target, rounding_mode="floor")
-    return floor, (numerator - floor * 2 * target).double() / (2 * target)  # [count], [count]
-
-
-class _Axis(NamedTuple):
-    """How the patches of one axis see the source pixels.
-
-    Patch ``k * period + i`` reads ``width`` pixels from ``starts[i] + k * stride`` on, in the source padded
-    by ``padding`` copies of its border pixels.
-    """
-
-    source: int
-    patches: int
-    patch: int
-    stride: int
-    period: int
-    width: int
-    starts: list[int]
-    padding: tuple[int, int]
-
-    def matrices(self) -> Tensor:
-        """Interpolation of each phase's pixels from those it reads; ``[period, patch, width]``, float64, CPU."""
-        floor, fraction = _bilinear_positions(
-            self.source, self.patches * self.patch, self.period * self.patch
-        )
-        floor, fraction = (t.view(self.period, self.patch) for t in (floor, fraction))
-        tap = (floor - floor[:, :1])[..., None]  # [period, patch, 1]
-        matrices = torch.zeros(self.period, self.patch, self.width, dtype=torch.float64, device="cpu")
-        matrices = matrices.scatter(2, tap, 1 - fraction[..., None])
-        return matrices.scatter_add(2, (tap + 1).clamp(max=self.width - 1), fraction[..., None])
-
-
-@lru_cache(maxsize=64)
-def _fold_axis(source: int, patches: int, patch: int) -> _Axis:
-    """Plan one axis; copies of the border pixels stand for the clamping, so only the phases differ."""
-    repeats = math.gcd(source, patches)
-    stride, period = source // repeats, patches // repeats
-
-    def position(pixel: int) -> tuple[int, int]:
-        """Source pixels below and above the centre of a target pixel."""
-        floor, rest = divmod((2 * pixel + 1) * source - patches * patch, 2 * patches * patch)
-        return floor, floor + (rest > 0)
-
-    first = [position(i * patch)[0] for i in range(period)]
-    width = max(position((i + 1) * patch - 1)[1] - first[i] + 1 for i in range(period))
-    before = max(0, -min(first))
-    after = max(0, max(first) + (repeats - 1) * stride + width - source)
-    starts = [start + before for start in first]
-    return _Axis(source, patches, patch, stride, period, width, starts, (before, after))
-
-
-def _axes(images: Tensor, weight: Tensor, size: tuple[int, int]) -> tuple[_Axis, _Axis]:
-    """Plan rows and columns."""
-    # The plan depends on the very numbers, also where a tracer would have them vary.
-    height, width, patch = (operator.index(n) for n in (*images.shape[2:], weight.shape[-1]))
-    return _fold_axis(height, size[0], patch), _fold_axis(width, size[1], patch)
-
-
-def _folding_pays(images: Tensor, weight: Tensor, size: tuple[int, int]) -> bool:
-    """Compare multiplications per channel pair: folding and small windows, or full patches."""
-    rows, columns = _axes(images, weight, size)
-    patch = weight.shape[-1]
-    window = rows.width * columns.width
-    phases = rows.period * columns.period
-    fold = rows.period * rows.width * patch**2 + phases * window * patch
-    patches = len(images) * size[0] * size[1]
-    return phases <= _MAX_PHASES and fold + patches * window < patches * patch**2
-
-
-def _embed_folded(
-    images: Tensor,  # [B, C, H, W]
-    weight: Tensor,  # [D, C, patch, patch]
-    bias: Tensor | None,  # [D]
-    size: tuple[int, int],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Embed with weights into which the interpolation is folded: one small convolution per pair of phases."""
-    rows, columns = _axes(images, weight, size)
-    kernels = torch.einsum(
-        "dcuv,iuy,jvx->ijdcyx",
-        weight.to(images.dtype),
-        rows.matrices().to(images),
-        columns.matrices().to(images),
-    ).to(dtype)  # [row phases, column phases, D, C, window]
-    bias = None if bias is None else bias.to(dtype)
-    padded = F.pad(images, (*columns.padding, *rows.padding), mode="replicate").to(dtype)
-
-    def embed(i: int, j: int) -> Tensor:
-        """Embed the patches of one pair of phases."""
-        windows = padded[:, :, _reach(rows, i, size[0]), _reach(columns, j, size[1])]
-        windows = windows.contiguous(memory_format=torch.channels_last)  # result: [B, P, Q, D]
-        return F.conv2d(windows, kernels[i, j], bias, (rows.stride, columns.stride)).permute(0, 2, 3, 1)
-
-    if rows.period == columns.period == 1:
-        return embed(0, 0)
-    grid = images.new_empty(len(images), *size, len(weight), dtype=dtype)
-    for i, j in product(range(rows.period), range(columns.period)):
-        grid[:, i :: rows.period, j :: columns.period] = embed(i, j)
-    return grid
-
-
-def _reach(axis: _Axis, phase: int, patches: int) -> slice:
-    """Return the padded pixels that the patches of one phase see."""
-    start = axis.starts[phase]
-    return slice(start, start + (patches // axis.period - 1) * axis.stride + axis.width)
-
-
-def _embed_strips(
-    images: Tensor,  # [B, C, H, W]
-    weight: Tensor,  # [D, C, patch, patch]
-    bias: Tensor | None,  # [D]
-    size: tuple[int, int],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Embed a few rows of patches at a time; backward enlarges each strip anew instead of keeping it."""
-    patch = weight.shape[-1]
-    taps = [_taps(images, axis, size[axis - 2] * patch) for axis in (2, 3)]
-    matrix = weight.flatten(1).to(dtype)  # [D, C * patch * patch]
-    bias = None if bias is None else bias.to(dtype)
-
-    def embed(start: int, stop: int) -> Tensor:
-        """Embed patch rows start..stop."""
-        strip = _lerp(images, 2, *(tap[start * patch : stop * patch] for tap in taps[0]))
-        strip = _lerp(strip, 3, *taps[1]).to(dtype)  # [B, C, (stop - start) * patch, Q * patch]
-        strip = strip.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, C, rows, patch, Q, patch]
-        return F.linear(strip.permute(0, 2, 4, 1, 3, 5).flatten(3), matrix, bias)  # [B, rows, Q, D]
-
-    grid = images.new_empty(len(images), *size, len(weight), dtype=dtype)
-    step = max(1, _STRIP_ELEMENTS // (images.shape[0] * images.shape[1] * size[1] * patch**2))
-    trains = torch.is_grad_enabled() and (images.requires_grad or weight.requires_grad)
-    trains = trains and are_plain(images, weight)  # transforms of gradients know no checkpoints
-    for start in range(0, size[0], step):
-        stop = min(start + step, size[0])
-        if trains:
-            strip = checkpoint(embed, start, stop, use_reentrant=False, preserve_rng_state=False)
-        else:
-            strip = embed(start, stop)
-        grid[:, start:stop] = strip
-    return grid
-
-
-def _taps(images: Tensor, axis: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return lower pixel, upper pixel and weight of the upper one for every target pixel of an axis."""
-    last = images.shape[axis] - 1
-    floor, fraction = _bilinear_positions(last + 1, target, target)
-    low, high = floor.clamp(0, last), (floor + 1).clamp(0, last)
-    return low.to(images.device), high.to(images.device), fraction.to(images)  # [target] each
-
-
-def _lerp(images: Tensor, axis: int, low: Tensor, high: Tensor, fraction: Tensor) -> Tensor:
-    """Interpolate one spatial axis linearly."""
-    fraction = fraction[:, None] if axis == 2 else fraction
-    return torch.lerp(images.index_select(axis, low), images.index_select(axis, high), fraction)

@@ -6,15 +6,13 @@ ViT-Up, arXiv 2606.14024. ``align_corners=False`` with border clamping: pixel po
 
 from __future__ import annotations
 
-import math
-import mmap
-
 import torch
 from torch import Tensor
 
 from . import checks
 from .coordinates import position_dtype
 from .implementations import resolve
+from .memory import zeros_of_few_writes
 from .operator import Kernels, Operator, autocast, run_reference
 
 
@@ -69,15 +67,6 @@ def _forward(grid: Tensor, coords: Tensor) -> Tensor:
     return torch.lerp(top, bottom, fy).to(grid.dtype).view(*coords.shape[:2], grid.shape[-1])
 
 
-def _zeros_of_few_writes(like: Tensor, rows: int) -> Tensor:
-    """``[rows, D]`` zeros. On a CPU the system clears pages as they are written: most of them never are."""
-    shape = rows, like.shape[-1]
-    if like.device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return like.new_zeros(shape)
-    pages = mmap.mmap(-1, math.prod(shape) * like.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
-
-
 def torch_backward(grad: Tensor, grid: Tensor, coords: Tensor, needs_grad: list[bool]) -> list[Tensor]:
     """Gradients for grid and coordinates, by PyTorch."""
     B, P, Q, D = grid.shape
@@ -94,7 +83,7 @@ def torch_backward(grad: Tensor, grid: Tensor, coords: Tensor, needs_grad: list[
             total.index_add_(0, place, g * weight)
         total = total.to(grid.dtype)
         if few:
-            total = _zeros_of_few_writes(total, B * P * Q).index_copy_(0, cells, total)
+            total = zeros_of_few_writes(total, (B * P * Q, D)).index_copy_(0, cells, total)
         grads.append(total.view(B, P, Q, D))
     if needs_grad[1]:
         rows = grid.reshape(-1, D)

@@ -46,16 +46,19 @@ def _onednn_dtypes() -> frozenset[torch.dtype]:
     return frozenset(dtypes)
 
 
-def _takes_onednn(x: Tensor) -> bool:
+def _takes_onednn(x: Tensor, longest: int = ONEDNN_FLOAT32_WIDTH) -> bool:
     """Whether products over the last axis of ``x`` go to oneDNN."""
     if x.device.type != "cpu" or x.dtype not in _onednn_dtypes() or x.numel() == 0:
         return False
-    return x.dtype != torch.float32 or x.shape[-1] <= ONEDNN_FLOAT32_WIDTH
+    return x.dtype != torch.float32 or x.shape[-1] <= longest
 
 
-def pack(weight: Tensor) -> Tensor:
-    """Return the weight in oneDNN's blocked layout, or itself where oneDNN does not run it; ``[E, D]``."""
-    if not _takes_onednn(weight):
+def pack(weight: Tensor, longest: int = ONEDNN_FLOAT32_WIDTH) -> Tensor:
+    """Return the weight in oneDNN's blocked layout, or itself where oneDNN does not run it; ``[E, D]``.
+
+    ``longest`` is the longest row of float32 for which oneDNN's rounding error is accepted.
+    """
+    if not _takes_onednn(weight, longest):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACKING_ROWS)
 
@@ -69,7 +72,7 @@ def linear(
     residual: Tensor | None = None,  # [..., E]
 ) -> Tensor:  # [..., E]
     """Compute ``x W^T + b``, then GELU or the sum with a residual, fused where the device can."""
-    if _takes_onednn(x):
+    if _takes_onednn(x) or (weight.is_mkldnn and x.numel()):
         rows = x.reshape(-1, x.shape[-1])
         bias = None if bias is None else bias.contiguous()  # oneDNN reads it without its stride
         if residual is not None:
