@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "0"  # the interpreter compiles nothing
 
@@ -33,9 +33,11 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from vitup_fast.bench.command import exit_code, write_text
-from vitup_fast.kernels.triton import bilinear_sample, common, film_mlp, linear, norm_linear, residual_mlp
+from vitup_fast.bench.launches import CALLS, network_launches
+from vitup_fast.kernels.triton import bilinear_sample, common, film_mlp, linear
 from vitup_fast.kernels.triton import rope_cross_attention as attention
 
+from vitup_fast import ViTUpConfig
 from vitup_fast.errors import expected
 
 REPORT = Path(__file__).parent / "compile_report.json"
@@ -69,8 +71,22 @@ def blocks_that_fit(limits: Architecture, registers: int, shared: int, threads: 
     )
 
 
-# What the report covers: every architecture in bfloat16, the commonest ones in the other dtypes as well.
-DTYPES = {"bfloat16": tuple(ARCHITECTURES), "float32": (80, 90, 120), "float16": (80, 90)}
+class Coverage(NamedTuple):
+    """Networks and calls whose launches are compiled."""
+
+    presets: tuple[str, ...]
+    calls: tuple[str, ...]
+
+
+_ALL, _INFERENCE = tuple(CALLS), tuple(name for name in CALLS if name != "training")
+# What the report covers: the shipped settings in the sizes that the goals name, on the GPUs of three generations.
+COVERED = {
+    ("bfloat16", 90): Coverage(("dinov3_splus", "dinov3_base"), _ALL),
+    ("bfloat16", 80): Coverage(("dinov3_splus",), _ALL),
+    ("bfloat16", 100): Coverage(("dinov3_splus",), _INFERENCE),
+    ("float16", 90): Coverage(("dinov3_splus",), _INFERENCE),
+    ("float32", 90): Coverage(("dinov3_splus",), _INFERENCE),
+}
 _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -79,77 +95,6 @@ _TYPES = {
     torch.uint8: "*u8",
 }
 _MATRIX = {"HGMMA": "wgmma", "UTCHMMA": "tcgen05", "UTCOMMA": "tcgen05", "HMMA": "mma"}
-
-
-def network_launches(dim: int, dtype: torch.dtype, target: int) -> list[common.Launch]:
-    """Every launch of a forward and backward pass of a network of width ``dim`` with 28 x 28 tokens."""
-    B, N, h, w, P, heads, M = 1, 8448, 28, 28, 224, dim // 64, 8448
-
-    def empty(*shape: int, like: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=like, device="meta")
-
-    def mlp_weights(expansion: int) -> tuple[Tensor, ...]:
-        hidden = expansion * dim
-        return empty(dim), empty(dim), empty(hidden, dim), empty(hidden), empty(dim, hidden), empty(dim)
-
-    float32 = torch.float32
-    x, coords = empty(B, N, dim), empty(B, N, 2, like=float32)
-    grid, tokens, key = empty(B, P, P, dim), empty(B, h, w, dim), empty(B, heads, h * w, 64)
-    freqs, inv_freq = empty(16, like=float32), empty(16, like=float32)
-    position = (empty(dim, 66), empty(dim), empty(2 * dim, dim), empty(2 * dim))
-    table, index = empty(256, 2 * dim, like=float32), empty(N, like=torch.int64)
-    norm, square = (empty(dim), empty(dim)), (empty(dim, dim), empty(dim))
-    film = (*mlp_weights(4), *norm)
-    scattered, gridded = (None, freqs, None, None), (table, None, index, index)
-    with common.recorded_launches(("", target)) as launches:
-        # Inference, as the schedule of the network launches it: moments come from the producer.
-        moments = common.measure_moments(x.view(M, dim))
-        bilinear_sample.sample(grid, coords, moments=bilinear_sample.sample_moments(grid, N))
-        rows = x.view(M, dim)
-        for expansion in (2, 4):
-            layers = residual_mlp.fold_mlp(*mlp_weights(expansion))
-            _, moments = residual_mlp.residual_mlp(rows, moments, layers, want_moments=True)
-        query = attention.fold_query(*norm, *square, 64)
-        attention.attend(x, moments, query, coords, key, key, inv_freq, (h, w))
-        linear.linear(rows, linear.fold(*square), residual=rows, want_moments=True)
-        for where, table_or_freqs in ((None, gridded), (coords, scattered)):
-            source, _ = film_mlp.film_modulation(where, tokens, position, *table_or_freqs)
-            film_mlp.film_mlp(
-                x, tokens, source, residual_mlp.fold_mlp(*mlp_weights(4)), norm, want_moments=True
-            )
-        decoder = linear.fold(*square, *norm)
-        linear.linear(rows, decoder, moments)
-        head = linear.fold(empty(150, dim), empty(150), *norm)
-        linear.linear(rows, head, moments)
-        linear.linear_argmax(rows, head, moments, empty(M, like=torch.uint8))
-        # Few queries.
-        few, few_moments = rows[:100], moments[:100]
-        layers = residual_mlp.fold_mlp(*mlp_weights(4))
-        residual_mlp.residual_mlp(few, few_moments, layers, want_moments=True)
-        linear.linear(few, linear.fold(*square), residual=few, want_moments=True)
-        linear.linear(few, layers.first, few_moments, gelu=True)
-        film_mlp.film_mlp(x[:, :100], tokens, source, layers, norm, want_moments=True)
-        linear.linear(few, decoder, few_moments)
-        # Training.
-        bilinear_sample.backward(x, grid, coords, [True, True])
-        residual_mlp.forward(x, *mlp_weights(4))
-        residual_mlp.backward(x, x, *mlp_weights(4), [True] * 7)
-        attended = (x, coords, key, key, *norm, *square, *square, inv_freq, h, w)
-        attention.forward(*attended)
-        attention.backward(x, *attended, [True] * 10)
-        for width in (32, 128) if dim == 384 else ():
-            key = empty(B, dim // width, h * w, width)
-            inverse = empty(width // 4, like=float32)
-            attention.backward(x, x, coords, key, key, *norm, *square, *square, inverse, h, w, [True] * 10)
-        film_mlp.forward(x, coords, tokens, *position, *film, *scattered)
-        film_mlp.backward(x, x, coords, tokens, *position, *film, *scattered, [True] * 15 + [False])
-        none = (None,) * 4
-        film_mlp.backward(
-            x, x, None, tokens, *none, *film, *gridded, [True, False, True] + [False] * 4 + [True] * 9
-        )
-        norm_linear.forward(x, *norm, *square)
-        norm_linear.backward(x, x, *norm, *square, [True] * 5)
-    return launches
 
 
 @dataclass(frozen=True)
@@ -191,6 +136,8 @@ def unit_of(launch: common.Launch, sm: int) -> Unit:
         value = arguments[name]
         if isinstance(value, Tensor):
             signature.append((name, _TYPES[value.dtype]))
+        elif not kernel.params[kernel.arg_names.index(name)].do_not_specialize and value % 16:
+            raise expected(name, "a multiple of 16 where code depends on it", value)
         else:
             signature.append((name, "i32" if value < 2**31 else "i64"))
     return Unit(
@@ -282,7 +229,7 @@ def compile_unit(unit: Unit) -> dict[str, Any]:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        # K is the one size given at run time that is always a multiple of 64.
+        # Of the sizes given at run time, code depends on K alone, which is always a multiple of 64.
         if signature[name].startswith("*") or (name == "K" and signature[name] == "i32")
     }
     constants = {k: v.value if isinstance(v, tl.constexpr) else v for k, v in unit.constants}
@@ -334,14 +281,13 @@ def compile_unit(unit: Unit) -> dict[str, Any]:
 
 
 def units(selected: Callable[[str, int], bool] = lambda dtype, sm: True) -> list[Unit]:
-    """Every compilation that the shipped settings need with this Triton, for selected dtypes and architectures."""
+    """Every compilation that the launches of networks need, for selected dtypes and architectures."""
     found: dict[str, Unit] = {}
-    for dtype, architectures in DTYPES.items():
-        for sm in architectures:
-            if not selected(dtype, sm):
-                continue
-            for dim in (384, 768):
-                for launch in network_launches(dim, getattr(torch, dtype), sm):
+    for (dtype, sm), (presets, calls) in COVERED.items():
+        for preset in presets if selected(dtype, sm) else ():
+            recorded = network_launches(ViTUpConfig.preset(preset), getattr(torch, dtype), sm, calls)
+            for launches in recorded.values():
+                for launch in launches:
                     unit = unit_of(launch, sm)
                     found.setdefault(unit.name, unit)
     return list(found.values())
@@ -371,13 +317,16 @@ def is_current(unit: Unit, entry: dict[str, Any] | None) -> bool:
     return entry is not None and not entry["faults"] and entry["source"] == digest(unit)
 
 
-def compile_all(wanted: Sequence[Unit], workers: int) -> dict[str, dict[str, Any]]:
-    """Compile units side by side; entries by name."""
-    entries = {}
+def compile_all(
+    wanted: Sequence[Unit], workers: int, keep: Callable[[dict[str, dict[str, Any]]], None]
+) -> dict[str, dict[str, Any]]:
+    """Compile units side by side; entries by name, which ``keep`` is given as they come."""
+    entries: dict[str, dict[str, Any]] = {}
     with ProcessPoolExecutor(workers) as pool:
         for number, (unit, result) in enumerate(zip(wanted, pool.map(compile_unit, wanted), strict=True), 1):
             entries[unit.name] = {"source": digest(unit), **result}
             print(f"[{number}/{len(wanted)}] {unit.name}: {summary(result)}", flush=True)
+            keep(entries)
     return entries
 
 
@@ -402,8 +351,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="compile everything selected anew and compare it with the report",
     )
-    add("--sm", nargs="+", type=int, choices=tuple(ARCHITECTURES), default=list(ARCHITECTURES))
-    add("--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
+    dtypes, architectures = ({key[i] for key in COVERED} for i in (0, 1))
+    add("--sm", nargs="+", type=int, choices=sorted(architectures), default=sorted(architectures))
+    add("--dtype", nargs="+", choices=sorted(dtypes), default=sorted(dtypes))
     add("--kernel", help="only kernels whose name contains this")
     add("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(argv)
@@ -411,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise expected("--workers", "a positive integer", options.workers)
     version, report = triton_version(), read_report()
     known = report.get(version, {})
-    every = units()
+    everything = options.kernel is None and dtypes <= {*options.dtype} and architectures <= {*options.sm}
     chosen = [
         u
         for u in units(lambda dtype, sm: dtype in options.dtype and sm in options.sm)
@@ -419,17 +369,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     wanted = [u for u in chosen if options.recompile or not is_current(u, known.get(u.name))]
     failed = False
-    if options.write or options.recompile:
-        entries = compile_all(wanted, options.workers)
-        if options.recompile and not options.write:
-            for name, entry in entries.items():
-                if known.get(name) != entry:
-                    failed = True
-                    print(f"differs from the report: {name}: {summary(entry)}")
-        else:
-            names = {u.name for u in every}
-            known = {n: e for n, e in {**known, **entries}.items() if n in names}
-            write_report({**report, version: known})
+    if options.write:
+        before = dict(known)
+        known = compile_all(
+            wanted, options.workers, lambda entries: write_report({**report, version: before | entries})
+        )
+        known = before | known
+        if everything:  # what nothing launches any more goes
+            known = {u.name: known[u.name] for u in chosen}
+        write_report({**report, version: known})
+    elif options.recompile:
+        for name, entry in compile_all(wanted, options.workers, lambda entries: None).items():
+            if known.get(name) != entry:
+                failed = True
+                print(f"differs from the report: {name}: {summary(entry)}")
     else:
         for unit in wanted:
             failed = True

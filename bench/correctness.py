@@ -4,13 +4,15 @@
 
 Errors may be at most 1.5 times those of plain eager PyTorch in the same dtype. Memory that a kernel leaves unwritten
 holds NaN. Every check prints a line and the rest go on after a failure; benchmarks do not time what failed when they
-are given the file (``--correctness``). ``--quick`` keeps the smallest sizes, for a memory checker.
+are given the file (``--correctness``). ``--quick`` keeps the smallest sizes, for a memory checker; ``--chunk`` checks
+two blocks at the size of a network's chunk alone, whose launches are those of the network.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import sys
 import time
 import warnings
@@ -50,6 +52,7 @@ from vitup_fast.testing import (
     relative_error,
     with_tensors,
 )
+from vitup_fast.walks.plan import gpu_chunk
 
 GOLDENS = Path(__file__).resolve().parent.parent / "tests" / "data"
 QUICK_SIZES = (
@@ -85,6 +88,7 @@ class Check:
         dtype: compute type.
         direction: ``"forward"`` or ``"backward"``.
         detail: sizes, or which part of the network.
+        width: feature width D; None for golden files.
         passed: whether it held.
         worst: largest error in units of its budget at factor 1; None if there is no result.
         message: what failed.
@@ -96,6 +100,7 @@ class Check:
     dtype: str
     direction: str
     detail: str
+    width: int | None
     passed: bool
     worst: float | None
     message: str
@@ -118,6 +123,7 @@ class Task(NamedTuple):
         dtype: see :class:`Check`.
         direction: see :class:`Check`.
         detail: see :class:`Check`.
+        width: see :class:`Check`.
         compare: returns the tensors of the implementation, of eager, and of float64, by name.
     """
 
@@ -126,6 +132,7 @@ class Task(NamedTuple):
     dtype: torch.dtype
     direction: str
     detail: str
+    width: int | None
     compare: Callable[[], tuple[Results, Results, Results]]
 
 
@@ -155,7 +162,7 @@ def done(task: Task) -> Check:
         message = reason(error)
     seconds = time.perf_counter() - begin
     dtype = str(task.dtype).removeprefix("torch.")
-    return Check(*task[:2], dtype, *task[3:5], not message, worst, message, round(seconds, 3))
+    return Check(*task[:2], dtype, *task[3:6], not message, worst, message, round(seconds, 3))
 
 
 def run_operation(operation: Operation, arguments: Arguments, impl: str, cotangent: Tensor | None) -> Results:
@@ -225,7 +232,7 @@ def operation_tasks(
                         ) -> tuple[Results, Results, Results]:
                             return compare_operation(name, impl, sizes, dtype, device, backward)
 
-                        yield Task(name, impl, dtype, direction, detail, compare)
+                        yield Task(name, impl, dtype, direction, detail, size.D, compare)
 
 
 class Setting(NamedTuple):
@@ -249,8 +256,10 @@ class Setting(NamedTuple):
         return Setting(copy.deepcopy(self.net).to(dtype), hidden, self.grid.to(dtype), self.coords)
 
 
-def network_results(setting: Setting, impl: str, part: str, chunk: int | None = None) -> Results:
-    """Run one part of the network's interface."""
+def network_results(
+    setting: Setting, impl: str, part: str, chunk: int | None = None, size: tuple[int, int] | None = None
+) -> Results:
+    """Run one part of the network's interface; ``size`` is that of a dense map, by default four cells a token."""
     net, hidden, grid, coords = setting
     options = {"impl": impl, "query_chunk_size": chunk}
     if part == "gradients":
@@ -262,7 +271,9 @@ def network_results(setting: Setting, impl: str, part: str, chunk: int | None = 
             return {f"depth {i}": layer for i, layer in enumerate(layers)}
         if part == "forward":
             return {"features": net(cache, coords, **options)}
-        size = (23, 41) if part == "dense, ragged" else (4 * hidden[0].shape[1], 4 * hidden[0].shape[2])
+        if size is None:
+            ragged = part == "dense, ragged"
+            size = (23, 41) if ragged else (4 * hidden[0].shape[1], 4 * hidden[0].shape[2])
         head = None
         if part == "dense with head":
             head = nn.Linear(net.config.dim, 5).to(net.device)
@@ -312,50 +323,85 @@ def network_gradients(
 NETWORK_PARTS = ("forward", "all layers", "dense", "dense, ragged", "dense with head", "gradients")
 
 
+class NetworkCase(NamedTuple):
+    """A network to check.
+
+    Attributes:
+        config: its sizes.
+        tokens: rows and columns of the tokens.
+        patches: those of the fine patch grid.
+        batch: images.
+        count: scattered queries.
+        size: of a dense map; None takes four cells a token.
+        parts: of :data:`NETWORK_PARTS`.
+        chunks: queries at a time; None leaves it to the network.
+    """
+
+    config: ViTUpConfig
+    tokens: tuple[int, int]
+    patches: tuple[int, int]
+    batch: int
+    count: int
+    size: tuple[int, int] | None = None
+    parts: Sequence[str] = NETWORK_PARTS
+    chunks: Sequence[int | None] = (None, 53)
+
+    def setting(self, dtype: torch.dtype, device: torch.device) -> Setting:
+        """Draw it."""
+        generator = torch.Generator().manual_seed(1)
+        net = random_network(self.config, generator, dtype=dtype, device=device)
+        options = {"token_grid": self.tokens, "patch_grid": self.patches, "dtype": dtype, "device": device}
+        image = random_image(self.config, generator, batch=self.batch, **options)
+        return Setting(net, *image, random_coords(generator, self.batch, self.count, device=device))
+
+
+def network_cases(quick: bool) -> list[NetworkCase]:
+    """Small networks, and without ``quick`` a wide one."""
+    cases = [NetworkCase(ViTUpConfig(64, 2, (0, 1, 2)), (5, 7), (10, 14), 2, 137)]
+    if not quick:
+        cases.append(NetworkCase(ViTUpConfig(384, 6, (0, 2, 4)), (28, 28), (56, 56), 1, 1000))
+    return cases
+
+
+def chunk_cases(device: torch.device) -> list[NetworkCase]:
+    """Two blocks of each width at the size of a whole chunk, on a grid and scattered: what the network launches."""
+    from vitup_fast.kernels.triton.common import multiprocessors
+
+    cases = []
+    for width in (384, 768):
+        chunk = gpu_chunk(multiprocessors(device), width)
+        sizes = {"size": (chunk // 128, 128), "parts": ("forward", "dense"), "chunks": (None,)}
+        config = ViTUpConfig(width, width // 64, (0, 1, 2))
+        cases.append(NetworkCase(config, (28, 28), (56, 56), 1, chunk, **sizes))
+    return cases
+
+
 def network_tasks(
-    impls: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device, quick: bool
+    impls: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    cases: Sequence[NetworkCase],
 ) -> Iterator[Task]:
     """List the checks of whole networks, each part with the default chunk and with ragged ones."""
-    cases = [(ViTUpConfig(64, 2, (0, 1, 2)), (5, 7), (10, 14), 2, 137)]
-    if not quick:
-        cases.append((ViTUpConfig(384, 6, (0, 2, 4)), (28, 28), (56, 56), 1, 1000))
-    for config, tokens, patches, batch, count in cases:
+    for case, dtype, impl in itertools.product(cases, dtypes, impls):
+        for part, chunk in itertools.product(case.parts, case.chunks):
 
-        def setting(
-            dtype: torch.dtype,
-            config: ViTUpConfig = config,
-            tokens: tuple[int, int] = tokens,
-            patches: tuple[int, int] = patches,
-            batch: int = batch,
-            count: int = count,
-        ) -> Setting:
-            generator = torch.Generator().manual_seed(1)
-            net = random_network(config, generator, dtype=dtype, device=device)
-            options = {"token_grid": tokens, "patch_grid": patches, "dtype": dtype, "device": device}
-            image = random_image(config, generator, batch=batch, **options)
-            return Setting(net, *image, random_coords(generator, batch, count, device=device))
+            def compare(
+                case: NetworkCase = case,
+                impl: str = impl,
+                dtype: torch.dtype = dtype,
+                part: str = part,
+                chunk: int | None = chunk,
+            ) -> tuple[Results, Results, Results]:
+                setting = case.setting(dtype, device)
+                exact = network_results(setting.to(torch.float64), "reference", part, size=case.size)
+                eager = network_results(setting, "reference", part, size=case.size)
+                with poisoned_allocations():
+                    return network_results(setting, impl, part, chunk, case.size), eager, exact
 
-        for dtype in dtypes:
-            for impl in impls:
-                for part in NETWORK_PARTS:
-                    for chunk in (None, 53):
-
-                        def compare(
-                            setting: Callable[[torch.dtype], Setting] = setting,
-                            impl: str = impl,
-                            dtype: torch.dtype = dtype,
-                            part: str = part,
-                            chunk: int | None = chunk,
-                        ) -> tuple[Results, Results, Results]:
-                            case = setting(dtype)
-                            exact = network_results(case.to(torch.float64), "reference", part)
-                            eager = network_results(case, "reference", part)
-                            with poisoned_allocations():
-                                return network_results(case, impl, part, chunk), eager, exact
-
-                        direction = "backward" if part == "gradients" else "forward"
-                        detail = f"D={config.dim} {part}" + ("" if chunk is None else f", chunks of {chunk}")
-                        yield Task("network", impl, dtype, direction, detail, compare)
+            direction = "backward" if part == "gradients" else "forward"
+            detail = f"D={case.config.dim} {part}" + ("" if chunk is None else f", chunks of {chunk}")
+            yield Task("network", impl, dtype, direction, detail, case.config.dim, compare)
 
 
 def golden_file(folder: Path, name: str, device: torch.device) -> Results:
@@ -438,7 +484,7 @@ def golden_tasks(
             impl: str, dtype: torch.dtype, backward: bool, name: str = name, compare: Callable = compare
         ) -> Task:
             direction = "backward" if backward else "forward"
-            return Task("golden", impl, dtype, direction, name, lambda: compare(impl, dtype, backward))
+            return Task("golden", impl, dtype, direction, name, None, lambda: compare(impl, dtype, backward))
 
         yield task("reference", torch.float64, False)
         for dtype in dtypes:
@@ -468,6 +514,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--operation", nargs="+", choices=(*OPERATIONS, "network", "golden"), help="only these (default: all)"
     )
     add("--quick", action="store_true", help="the smallest sizes only")
+    add("--chunk", action="store_true", help="two blocks at the size of a network's chunk only")
     add("--goldens", type=Path, default=GOLDENS, metavar="DIR", help="golden files (default: tests/data)")
     add("--json", type=Path, metavar="PATH", help="write the checks to this file, after each of them")
     options = parser.parse_args(argv)
@@ -481,12 +528,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         golden_file(options.goldens, "vitup_tiny.safetensors", torch.device("cpu"))
 
     def tasks() -> Iterator[Task]:
+        if options.chunk:
+            yield from network_tasks(impls, dtypes, device, chunk_cases(device))
+            return
         names = [name for name in OPERATIONS if name in chosen]
         if "golden" in chosen:
             yield from golden_tasks(options.goldens, impls, dtypes, device)
         yield from operation_tasks(names, impls, dtypes, device, QUICK_SIZES)
         if "network" in chosen:
-            yield from network_tasks(impls, dtypes, device, options.quick)
+            yield from network_tasks(impls, dtypes, device, network_cases(options.quick))
         if not options.quick:
             yield from operation_tasks(names, impls, dtypes, device, SIZES[len(QUICK_SIZES) :])
 

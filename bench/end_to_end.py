@@ -557,7 +557,7 @@ def reports(options: argparse.Namespace, sizes: Sequence[tuple[int, bool]]) -> I
                     options.device,
                     dtype,
                     impls=options.impl,
-                    refused=refusals(options, None, dtype),
+                    refused=refusals(options, "network", dtype, config.dim),
                     backward=options.backward,
                     autocast=options.autocast,
                     prepared=options.prepared,

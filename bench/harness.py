@@ -17,7 +17,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -644,11 +644,18 @@ def check_implementations(names: Sequence[str] | None, device: torch.device) -> 
     return [n for n, obstacle in obstacles.items() if obstacle is None and n not in COSINE_LIMITS]
 
 
-def failed_checks(path: Path | None) -> frozenset[tuple[str, str, str, str]]:
-    """Read which checks of ``vitup_fast.bench.correctness`` failed.
+class FailedCheck(NamedTuple):
+    """A check of ``vitup_fast.bench.correctness`` that failed; see its ``Check``."""
 
-    Returns:
-        Operation (or ``"network"``), implementation, dtype, and ``"forward"`` or ``"backward"`` of each.
+    operation: str
+    impl: str
+    dtype: str
+    direction: str
+    width: int | None
+
+
+def failed_checks(path: Path | None) -> frozenset[FailedCheck]:
+    """Read which checks of ``vitup_fast.bench.correctness`` failed.
 
     Raises:
         InputError: not a file that the checks wrote.
@@ -657,30 +664,27 @@ def failed_checks(path: Path | None) -> frozenset[tuple[str, str, str, str]]:
         return frozenset()
     try:
         checks = json.loads(path.read_text())["checks"]
-        return frozenset(
-            (c["operation"], c["impl"], c["dtype"], c["direction"]) for c in checks if not c["passed"]
-        )
+        return frozenset(FailedCheck(*(c[f] for f in FailedCheck._fields)) for c in checks if not c["passed"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise expected("--correctness", "a JSON file of vitup_fast.bench.correctness", str(path)) from error
 
 
-def refusals(
-    options: argparse.Namespace, operations: Collection[str] | None, dtype: torch.dtype
-) -> dict[str, str]:
-    """Say why implementations shall not be timed: because a check of one of these operations failed.
+def refusals(options: argparse.Namespace, operation: str, dtype: torch.dtype, width: int) -> dict[str, str]:
+    """Say why implementations shall not be timed: because this operation's own check failed at this width.
 
     Args:
         options: with ``failed``, ``impl`` and ``backward``.
-        operations: their names; None means every check there is.
+        operation: its name, or ``"network"``.
         dtype: compute type.
+        width: feature width D.
     """
     name = str(dtype).removeprefix("torch.")
     directions = ("forward", "backward") if options.backward else ("forward",)
     found = {}
-    for operation, impl, kind, direction in sorted(options.failed):
-        concerned = operations is None or operation in operations
-        if concerned and impl in options.impl and kind == name and direction in directions:
-            found[impl] = f"failed the {direction} check of {operation}"
+    for failed in sorted(options.failed, key=str):
+        own = (failed.operation, failed.dtype, failed.width) == (operation, name, width)
+        if own and failed.impl in options.impl and failed.direction in directions:
+            found[failed.impl] = f"failed the {failed.direction} check of {operation} at D = {width}"
     return found
 
 
@@ -811,7 +815,7 @@ def operation_main(
             for dtype in options.dtype:
                 for case in cases(config, options.queries, dtype.itemsize):
                     fresh_start()
-                    refused = refusals(options, (case.operation,), dtype)
+                    refused = refusals(options, case.operation, dtype, config.dim)
                     yield measure(
                         operation_case(
                             case,

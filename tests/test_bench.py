@@ -5,8 +5,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -526,6 +524,7 @@ def test_what_failed_its_checks_is_not_timed(fake_probes, tmp_path, capsys):
             "impl": "torch",
             "dtype": "float32",
             "direction": "forward",
+            "width": 64,
         } | facts
         return facts | {"passed": False}
 
@@ -533,14 +532,16 @@ def test_what_failed_its_checks_is_not_timed(fake_probes, tmp_path, capsys):
     passed = check() | {"passed": True}
     write_json(path, {"checks": [check(dtype="bfloat16"), check(direction="backward"), passed]})
     options = parse(make_parser(""), ["--preset", "tiny", "--correctness", str(path)])
-    assert refusals(options, ("norm_linear",), torch.float32) == {}
-    assert refusals(options, ("norm_linear",), torch.bfloat16) == {
-        "torch": "failed the forward check of norm_linear"
+    assert refusals(options, "norm_linear", torch.float32, 64) == {}
+    assert refusals(options, "norm_linear", torch.bfloat16, 64) == {
+        "torch": "failed the forward check of norm_linear at D = 64"
     }
-    assert refusals(options, ("film_mlp",), torch.bfloat16) == {}
-    assert refusals(options, None, torch.bfloat16) != {}
+    # One red check refuses its own timing alone.
+    assert refusals(options, "norm_linear", torch.bfloat16, 384) == {}
+    assert refusals(options, "film_mlp", torch.bfloat16, 64) == {}
+    assert refusals(options, "network", torch.bfloat16, 64) == {}
     options.backward = True
-    assert refusals(options, ("norm_linear",), torch.float32) != {}
+    assert refusals(options, "norm_linear", torch.float32, 64) != {}
 
     figures = tmp_path / "figures.json"
     arguments = ["--preset", "tiny", "--queries", "40", "--repeats", "1", "--no-compile"]
@@ -579,7 +580,7 @@ def test_correctness_passes_and_writes_its_checks(tmp_path, capsys):
 
 @pytest.mark.parametrize("part", correctness.NETWORK_PARTS)
 def test_every_part_of_the_network_is_checked(part):
-    tasks = correctness.network_tasks(["torch"], [torch.bfloat16], CPU, True)
+    tasks = correctness.network_tasks(["torch"], [torch.bfloat16], CPU, correctness.network_cases(True))
     checks = [correctness.done(task) for task in tasks if f" {part}" == task.detail[4:].split(", chunks")[0]]
     assert [check.passed for check in checks] == [True, True], checks
 
@@ -605,7 +606,7 @@ def test_correctness_names_what_fails_and_goes_on(monkeypatch, tmp_path, capsys,
     output = capsys.readouterr().out
     assert "FAIL norm_linear torch float32 forward" in output
     failed = failed_checks(path)
-    assert ("norm_linear", "torch", "float32", "forward") in failed
+    assert ("norm_linear", "torch", "float32", "forward", 64) in failed
     assert {name for name, *_ in failed} == {"norm_linear"}
     assert output.count("ok   bilinear_sample") == 5
 
@@ -728,7 +729,7 @@ def test_reference_must_be_a_checkout(stand_in, monkeypatch, tmp_path):
     assert reference.checkout() is None
 
 
-# Picture, profile, script
+# Picture and profile
 
 
 def report_of(title, flops, traffic, seconds, dtype="bfloat16", l2=5e12):
@@ -802,61 +803,3 @@ def test_peaks_are_written_with_what_they_depend_on(fake_probes, monkeypatch, tm
     assert found["versions"]["torch"] == torch.__version__
     assert {"torch", "reference"} <= {impl["name"] for impl in found["implementations"]}
     assert "float32" in capsys.readouterr().out
-
-
-def run_gpu(*arguments, **environment):
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
-    command = ["bash", str(ROOT / "bench" / "run_gpu.sh"), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
-
-
-def test_run_gpu_does_every_stage_on_the_cpu(tmp_path):
-    run = run_gpu(tmp_path, VITUP_BENCH_DEVICE="cpu")
-    assert run.returncode == 0, run.stdout + run.stderr
-    lines = run.stdout.splitlines()
-    for stage in ("extension", "sanitizer", "compiled_kernels"):
-        assert f"{stage}: left out, it needs a GPU" in lines
-    assert lines[-1].startswith("all steps passed")
-    steps = ("operations", "operations_backward", "compiled_tiny", "end_to_end", "training")
-    for name in steps:
-        reports = json.loads((tmp_path / f"{name}.json").read_text())
-        assert all(row["seconds"] > 0 for report in reports for row in report["rows"])
-    others = (
-        "environment.log",
-        "correctness.json",
-        "peaks.json",
-        "profile.json",
-        "roofline.png",
-        "summary.txt",
-    )
-    for name in others:
-        assert (tmp_path / name).stat().st_size > 0, name
-
-
-def test_run_gpu_goes_on_after_a_failure(tmp_path):
-    failed = {"operation": "norm_linear", "impl": "torch", "dtype": "float32", "direction": "forward"}
-    write_json(tmp_path / "correctness.json", {"checks": [failed | {"passed": False}]})
-    run = run_gpu(tmp_path, "--device", "cpu", "end_to_end", "profile")
-    assert run.returncode == 1
-    assert "end_to_end: FAIL" in run.stdout
-    assert "profile: ok" in run.stdout
-    assert run.stdout.splitlines()[-1] == "failed: end_to_end"
-    rows = json.loads((tmp_path / "end_to_end.json").read_text())[0]["rows"]
-    failures = {row["provider"]: row["failure"] for row in rows}
-    assert failures["torch"] == "failed the forward check of norm_linear"
-    assert [name for name, failure in failures.items() if failure is None] == ["eager", "cpu"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "no directory"),
-        (["out", "speed"], "unknown stage speed"),
-        (["out", "--gpu"], "unknown option --gpu"),
-        (["out", "--device"], "--device needs a value"),
-    ],
-)
-def test_run_gpu_names_mistakes(tmp_path, arguments, message):
-    run = run_gpu(*[str(tmp_path / a) if a == "out" else a for a in arguments])
-    assert run.returncode == 2
-    assert message in run.stderr

@@ -18,7 +18,7 @@ from vitup_fast import InputError, ViTUpConfig
 from vitup_fast.testing import assert_within_budget, random_coords, random_image, random_network
 from vitup_fast.walks import gpu
 from vitup_fast.walks.gpu import Workspace
-from vitup_fast.walks.plan import CHUNK_QUERIES
+from vitup_fast.walks.plan import gpu_chunk
 
 CONFIG = ViTUpConfig(dim=64, num_heads=2, layer_indices=(0, 1, 2))
 TOKENS, PATCHES, COUNT = (3, 4), (6, 7), 23
@@ -183,6 +183,16 @@ def test_inference_mode_and_no_grad_share_graphs(network, coords, recorded, mode
     assert recorded["recorded"] == 1
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_writes_to_caches_in_inference_mode_are_seen(network, coords, recorded, impl):
+    with torch.inference_mode():
+        image = network.prepare(*make_image(8), impl=impl)
+        for step in range(4):
+            close(network(image, coords, impl="triton"), network(image, coords, impl="reference"))
+            (image.keys, image.values, image.tokens)[step % 3][step % 2].mul_(1.5)
+    assert recorded["replayed"] > 0
+
+
 @pytest.mark.parametrize("chunk", [15, COUNT, 40])
 def test_graphs_with_ragged_chunks_and_groups_of_images(network, coords, recorded, chunk):
     images = make_image(6, batch=3)
@@ -328,8 +338,10 @@ def test_labels_need_a_head(network, cache, coords):
 
 def test_memory_of_a_pass_stays_within_the_goal():
     """128 MB beyond output, weights and cache, also for the larger model with graphs: counted, not allocated."""
-    config, rows = ViTUpConfig.preset("dinov3_base"), CHUNK_QUERIES["cuda"]
-    workspace = Workspace(rows, config.dim, torch.bfloat16, torch.device("meta"))
-    blocks, tokens = config.num_layers - 1, 28 * 28
-    copies = blocks * (3 * tokens * config.dim * 2 + 256 * 2 * config.dim * 4) + rows * (8 + 16)
-    assert workspace.nbytes + copies < 128e6
+    for preset in ("dinov3_splus", "dinov3_base"):
+        config = ViTUpConfig.preset(preset)
+        rows = gpu_chunk(132, config.dim)
+        workspace = Workspace(rows, config.dim, torch.bfloat16, torch.device("meta"))
+        blocks, tokens = config.num_layers - 1, 28 * 28
+        copies = blocks * (3 * tokens * config.dim * 2 + 256 * 2 * config.dim * 4) + rows * (8 + 16)
+        assert workspace.nbytes + copies < 128e6

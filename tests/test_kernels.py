@@ -41,6 +41,7 @@ TILES = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stage
 SMALL_BLOCKS = {
     "linear": {**TILES, "TILES": 1},
     "linear_rows": {**TILES, "TILES": 3},
+    "linear_narrow": {**TILES, "TILES": 1},
     "linear_few_rows": {**TILES, "TILES": 1},
     "linear_argmax": TILES,
     "hidden_backward": TILES,
@@ -88,7 +89,7 @@ def test_few_rows_are_spread_over_the_gpu(generator, monkeypatch, name):
     )
     variants = []
     launch = linear.launch
-    monkeypatch.setattr(linear, "multiprocessors", lambda x: 6)
+    monkeypatch.setattr(linear, "multiprocessors", lambda device: 6)
     monkeypatch.setattr(
         linear,
         "launch",
@@ -96,7 +97,7 @@ def test_few_rows_are_spread_over_the_gpu(generator, monkeypatch, name):
     )
     with common.overridden_settings({"linear": {**TILES, "BLOCK_N": 128, "TILES": 1}}):
         assert_equals_reference(OPERATIONS[name], arguments)
-    assert "linear_few_rows" in variants
+    assert {"linear_narrow", "linear_few_rows"} & {*variants}
 
 
 @pytest.mark.parametrize("width", [32, 64, 128])

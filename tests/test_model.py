@@ -550,7 +550,7 @@ def test_memory_stays_within_the_budget(dtype, megabytes, blocks, impl):
     with torch.no_grad():
         cache = network.prepare(*random_image(config, generator, patch_grid=(56, 56)))
         network(cache, random_coords(generator, 1, 1), impl=impl)  # packs the weights
-    largest = CHUNK_QUERIES["cpu"] * 3 // 2
+    largest = CHUNK_QUERIES * 3 // 2
     scattered = random_coords(generator, 1, min(largest, 2 * budget // query_bytes(network, impl)))
 
     def peak(run, *arguments, **options):

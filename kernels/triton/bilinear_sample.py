@@ -20,7 +20,7 @@ def corner_and_fraction(coord, COUNT, ACC: tl.constexpr):
     return first.to(tl.int32), tl.where(known, inside - first, position).to(ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "P", "Q"])
 def bilinear_sample_kernel(
     p_grid,  # [B, P, Q, D]
     p_coords,  # [B, N, 2]
@@ -63,7 +63,7 @@ def bilinear_sample_kernel(
         tl.store(p_moments + 2 * o_row + 1, squares, mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "P", "Q"])
 def bilinear_sample_coords_backward_kernel(
     p_grad,  # [B, N, D]
     p_grid,  # [B, P, Q, D]
@@ -112,7 +112,7 @@ def bilinear_sample_coords_backward_kernel(
         tl.store(p_grad_coords + 2 * o_row + 1, along_y.to(p_grad_coords.dtype.element_ty), mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "Q"])
 def bilinear_sample_grid_backward_kernel(
     p_grad,  # [B, N, D]
     p_coords,  # [B, N, 2]

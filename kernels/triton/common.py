@@ -3,6 +3,7 @@
 Prefixes in kernels: ``p_`` pointer, ``b_`` block in registers, ``o_`` offset, ``m_`` mask, ``i_`` program index.
 Row *moments* are the mean of a row, or of each of several equal parts of it, and the sum of squared deviations from
 it: ``[M, parts, 2]``. A producer writes them with its output, the LayerNorm that follows folds them into its product.
+Counts of rows are not specialised (``do_not_specialize``): whether odd, 1 or a multiple of 16, the code is the same.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 # Ways to compute GELU: exact, by a sigmoid good to 2.5e-5, the same by the hardware's tanh good to 2^-11.
 GELU_NONE, GELU_EXACT, GELU_SIGMOID, GELU_TANH = (tl.constexpr(kind) for kind in range(4))
 EPS = tl.constexpr(LAYER_NORM_EPS)
-
 _GELU_KINDS = {torch.float16: GELU_SIGMOID.value, torch.bfloat16: GELU_TANH.value}
 
 
@@ -140,7 +140,7 @@ def combined_moments(p_moments, o_row, m_row, D, PARTS: tl.constexpr):
     return mean, tl.rsqrt(squares / D + EPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def normalize_kernel(
     p_x,  # [M, D]
     p_normed,  # [M, D]
@@ -169,7 +169,7 @@ def normalize_kernel(
         tl.store(p_moments + o_moments + 1, squares, mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def add_layer_norm_kernel(
     p_x,  # [M, D]
     p_weight,  # [D]
@@ -205,7 +205,7 @@ def add_layer_norm_kernel(
         tl.store(p_moments + o_moments + 1, squares, mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def layer_norm_backward_kernel(
     p_grad,  # [M, D]
     p_x,  # [M, D]
@@ -284,6 +284,7 @@ class Launch(NamedTuple):
 
 _recorder: list[Launch] | None = None
 _overrides: Mapping[str, Mapping[str, Any]] = {}
+_rung: str | None = None
 _target: tuple[str, int] | None = None
 CONFIGS = Path(__file__).parents[1] / "configs"
 # What launches are recorded for.
@@ -305,14 +306,24 @@ def recorded_launches(target: tuple[str, int]) -> Iterator[list[Launch]]:
 
 
 @contextlib.contextmanager
-def overridden_settings(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Use other launch settings per variant: ``{"linear": {"BLOCK_M": 64, ...}}``; for tuning and tests."""
-    global _overrides
-    previous, _overrides = _overrides, {**_overrides, **settings}
+def overridden_settings(settings: Mapping[str, Mapping[str, Any]], rung: str | None = None) -> Iterator[None]:
+    """Use other launch settings per variant: ``{"linear": {"BLOCK_M": 64, ...}}``; for tuning and tests.
+
+    Args:
+        settings: of the variants that shall have others.
+        rung: the variant of a product to use whatever its size, where it can be.
+    """
+    global _overrides, _rung
+    previous, _overrides, _rung = (_overrides, _rung), {**_overrides, **settings}, rung or _rung
     try:
         yield
     finally:
-        _overrides = previous
+        _overrides, _rung = previous
+
+
+def forced_rung() -> str | None:
+    """The variant of a product that :func:`overridden_settings` demands."""
+    return _rung
 
 
 def user_settings_path(device_name: str) -> Path:
@@ -436,11 +447,11 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def multiprocessors(x: Tensor) -> int:
-    """Number of multiprocessors of the GPU that a tensor lies on; the interpreter is one."""
+def multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors of a GPU; the interpreter is one."""
     if _target is not None:
         return TYPICAL_MULTIPROCESSORS
-    return _multiprocessors(x.device.index) if x.is_cuda else 1
+    return _multiprocessors(device.index) if device.type == "cuda" else 1
 
 
 @cache

@@ -41,7 +41,7 @@ def position_waves(
     return relative, frequency, sine, cosine, along_x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "token_h", "token_w"])
 def position_code_kernel(
     p_coords,  # [M, 2]
     p_freqs,  # [BANDS]
@@ -71,7 +71,7 @@ def position_code_kernel(
     tl.store(p_code + o_code, code.to(p_code.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "token_h", "token_w"])
 def position_code_backward_kernel(
     p_grad_code,  # [M, WIDTH]
     p_coords,  # [M, 2]
@@ -122,7 +122,7 @@ def token_and_film_row(
         return image + row * token_w + column, o_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "token_h", "token_w"])
 def modulate_kernel(
     p_tokens,  # [B, h * w, D]
     p_gamma_beta,  # [R, 2 D], or [B * N, 2 D] without a table
@@ -160,7 +160,7 @@ def modulate_kernel(
     tl.store(p_moments + 2 * o_row + 1, squares, mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "token_h", "token_w"])
 def modulate_backward_kernel(
     p_grad,  # [B * N, D]
     p_tokens,  # [B, h * w, D]

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tiles
 from .common import (
     EPS,
     GELU_NONE,
@@ -25,6 +26,7 @@ from .common import (
     combined_moments,
     dividing_block,
     dot_precision,
+    forced_rung,
     gelu_kind,
     gelu_with_gradient,
     launch,
@@ -32,6 +34,7 @@ from .common import (
     normal_cdf,
     row_blocks,
     settings_for,
+    target_of,
     wide,
 )
 
@@ -84,7 +87,7 @@ def fold_backward(
     return grad_norm_weight.to(dtype), grad_norm_bias.to(dtype), grad_weight.to(dtype), grad_bias.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def linear_kernel(
     p_x,  # [M, K]
     p_weight,  # [N, K]
@@ -220,7 +223,7 @@ def tile_moments(tiles, WIDTH: tl.constexpr, TILES: tl.constexpr, ACC: tl.conste
     return mean, squares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def linear_argmax_kernel(
     p_x,  # [M, K]
     p_weight,  # [N, K]
@@ -273,7 +276,7 @@ def linear_argmax_kernel(
     tl.store(p_labels + o_row, label.to(p_labels.dtype.element_ty), mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def hidden_backward_kernel(
     p_x,  # [M, K]
     p_weight1,  # [E, K]
@@ -323,7 +326,7 @@ def hidden_backward_kernel(
     tl.store(p_grad_hidden + o_out, grad_z, mask=m_row[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_per_split"])
 def weight_gradient_kernel(
     p_left,  # [M, P]
     p_right,  # [M, Q]
@@ -368,22 +371,37 @@ def in_buffer(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, x:
     return out.view(-1)[:count].view(shape)
 
 
-def _linear_blocks(x: Tensor, N: int, whole_rows: bool) -> tuple[str, dict[str, Any], int]:
-    """Variant and launch settings of a product with N columns, and how many blocks cover these."""
+def _linear_blocks(
+    x: Tensor, N: int, whole_rows: bool, out_itemsize: int, norm: bool
+) -> tuple[str, dict[str, Any], int]:
+    """Variant and launch settings of the product with N columns that should be fastest, and blocks across these.
+
+    Args:
+        x: rows ``[M, K]``.
+        N: columns of the result.
+        whole_rows: whether the rows of the result are normalised, measured or added to.
+        out_itemsize: bytes of a number of the result.
+        norm: whether complete rows are normalised, in a pass of its own if several blocks share them.
+    """
     M, K = x.shape
-    variant, width = ("linear_rows", N) if whole_rows else ("linear", K)
-    while True:
-        blocks = settings_for(variant, x, width)
-        block_n, tiles = blocks["BLOCK_N"], blocks.get("TILES", 1)
+    variants = tiles.RUNGS if whole_rows else tiles.RUNGS[1:]
+    if forced_rung() in variants:
+        variants = (forced_rung(),)
+    rungs: list[tuple[str, dict[str, Any], int]] = []
+    for variant in variants:
+        blocks = settings_for(variant, x, N if variant == "linear_rows" else K)
+        block_n, count = blocks["BLOCK_N"], blocks.get("TILES", 1)
         if whole_rows and N % 64 == 0:
             block_n = dividing_block(N, block_n)
-            tiles = max(t for t in range(1, tiles + 1) if N % (t * block_n) == 0)
-        columns = triton.cdiv(N, block_n * tiles)
-        # Large blocks of few rows would leave most of the GPU idle.
-        if variant == "linear_few_rows" or triton.cdiv(M, blocks["BLOCK_M"]) * columns >= multiprocessors(x):
-            block_k = dividing_block(K, blocks["BLOCK_K"])
-            return variant, {**blocks, "BLOCK_N": block_n, "TILES": tiles, "BLOCK_K": block_k}, columns
-        variant = "linear_few_rows"
+            count = max(t for t in range(1, count + 1) if N % (t * block_n) == 0)
+        chosen = {"BLOCK_N": block_n, "TILES": count, "BLOCK_K": dividing_block(K, blocks["BLOCK_K"])}
+        rungs.append((variant, blocks | chosen, triton.cdiv(N, block_n * count)))
+    candidates = [
+        tiles.Tile(b["BLOCK_M"], b["BLOCK_N"] * b["TILES"], b["BLOCK_K"], b["num_warps"], b["num_stages"])
+        for _, b, _ in rungs
+    ]
+    product = tiles.Product(M, N, K, x.dtype.itemsize, out_itemsize, norm)
+    return rungs[tiles.fastest(product, tuple(candidates), multiprocessors(x.device), target_of(x)[1])]
 
 
 def linear(
@@ -420,9 +438,9 @@ def linear(
     """
     (M, K), N = x.shape, layer.weight.shape[0]
     whole_rows = out_norm is not None or residual is not None or want_moments
-    variant, blocks, columns = _linear_blocks(x, N, whole_rows)
-    complete = columns == 1
     out_dtype = x.dtype if out_dtype is None else out_dtype
+    variant, blocks, columns = _linear_blocks(x, N, whole_rows, out_dtype.itemsize, out_norm is not None)
+    complete = columns == 1
     norm_apart = out_norm is not None and not complete
     acc = wide(x.dtype)
     y = in_buffer(scratch, (M, N), x.dtype, x) if norm_apart else in_buffer(out, (M, N), out_dtype, x)

@@ -91,7 +91,7 @@ def attend_block(
     return attended, new_largest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T", "token_h", "token_w"])
 def rope_cross_attention_kernel(
     p_x,  # [B, N, D]
     p_moments,  # [B * N, PARTS, 2]
@@ -221,7 +221,7 @@ def query_gradient_block(
     return tl.dot(grad_score, key, grad_query, input_precision=PRECISION, out_dtype=grad_query.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T", "token_h", "token_w"])
 def rope_cross_attention_query_backward_kernel(
     p_query,  # [B, N, D]
     p_attended,  # [B, N, D]
@@ -313,7 +313,7 @@ def rope_cross_attention_query_backward_kernel(
     tl.store(p_grad_query + o_block, grad_query.to(p_grad_query.dtype.element_ty), mask=m_row[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "N", "T", "queries_per_split"])
 def rope_cross_attention_key_backward_kernel(
     p_query,  # [B, N, D]
     p_grad,  # [B, N, D]

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import FilmTable, PositionWeights
+from ..ops.coordinates import position_code
 from ..ops.film_mlp import film_gamma_beta
 
 # A table of relative positions is computed once per call up to this many rows, beyond that once per chunk.
@@ -24,37 +26,57 @@ class Queries(NamedTuple):
 
 
 class GridAxis(NamedTuple):
-    """The cells of one axis of a regular grid, placed exactly in rational arithmetic."""
+    """The cells of one axis of a regular grid, placed exactly in rational arithmetic, in the CPU's memory."""
 
-    coords: Tensor  # [n] cell centres in [0, 1]
-    token: Tensor  # [n] index of the nearest token
-    phase: Tensor  # [n] index into relative
-    relative: Tensor  # [R] distinct relative positions in token units
+    coords: np.ndarray  # [n] cell centres in [0, 1]
+    token: np.ndarray  # [n] index of the nearest token
+    phase: np.ndarray  # [n] index into relative
+    relative: np.ndarray  # [R] distinct relative positions in token units
 
     @classmethod
-    def create(cls, cells: int, tokens: int, dtype: torch.dtype, device: torch.device) -> GridAxis:
+    def create(cls, cells: int, tokens: int, dtype: torch.dtype) -> GridAxis:
         """Place ``cells`` cell centres over ``tokens`` tokens; all counts in units of 1 / (2 cells) token."""
         centre = (2 * np.arange(cells, dtype=np.int64) + 1) * tokens
         token, remainder = np.divmod(centre - cells, 2 * cells)
         token += (remainder > cells) | ((remainder == cells) & (token % 2 == 1))  # ties to the even index
         token = token.clip(0, tokens - 1)
         relative, phase = np.unique(centre - (2 * token + 1) * cells, return_inverse=True)
-        coords = (np.arange(cells) + 0.5) / cells
-        to = lambda values, kind: torch.from_numpy(np.asarray(values)).to(device, kind)  # noqa: E731
-        return cls(
-            to(coords, dtype),
-            to(token, torch.int64),
-            to(phase, torch.int64),
-            to(relative / (2 * cells), dtype),
-        )
+        kind = np.float64 if dtype == torch.float64 else np.float32
+        coords = ((np.arange(cells) + 0.5) / cells).astype(kind)
+        return cls(coords, token, phase.astype(np.int64), (relative / (2 * cells)).astype(kind))
 
-    def part(self, cells: slice, keep_relative: bool = False) -> GridAxis:
-        """A run of cells, with all relative positions or only those that occur in it."""
-        phase, relative = self.phase[cells], self.relative
-        if not keep_relative:
-            used, phase = torch.unique(phase, return_inverse=True)
-            relative = relative[used]
-        return GridAxis(self.coords[cells], self.token[cells], phase, relative)
+    def over_their_tokens(self, tokens: int) -> GridAxis:
+        """The same with coordinates moved, by the last digit of a few, to where their nearest token is the exact one.
+
+        A centre midway between two tokens may be rounded to the side of the other one.
+        """
+        coords, kind = self.coords.copy(), self.coords.dtype.type
+        for _ in range(4):
+            exact = coords.astype(np.float64) * tokens - 0.5
+            # As computed step by step, with a fused multiply-add, and without rounding.
+            found = [(coords * kind(tokens) - kind(0.5)), exact.astype(kind), exact]
+            nearest = [np.rint(f).clip(0, tokens - 1).astype(np.int64) for f in found]
+            high = np.any([n > self.token for n in nearest], axis=0)
+            low = np.any([n < self.token for n in nearest], axis=0)
+            if not (high | low).any():
+                break
+            coords[high] = np.nextafter(coords[high], kind(0))
+            coords[low] = np.nextafter(coords[low], kind(1))
+        return self._replace(coords=coords)
+
+    def part(self, cells: slice) -> GridAxis:
+        """A run of cells, with the relative positions that occur in it."""
+        used, phase = np.unique(self.phase[cells], return_inverse=True)
+        return GridAxis(self.coords[cells], self.token[cells], phase.astype(np.int64), self.relative[used])
+
+
+class _Axes(NamedTuple):
+    """Rows and columns of a grid where they are used; what belongs to a cell is the sum, or the pair, of both."""
+
+    first: tuple[int, int]  # row and column
+    coords: tuple[Tensor, Tensor]  # [H], [W]
+    index: tuple[Tensor, Tensor]  # [2, H], [2, W]: row of the table, and token
+    relative: tuple[Tensor, Tensor]  # [Ry], [Rx]
 
 
 class Grid:
@@ -69,6 +91,8 @@ class Grid:
         freqs: frequencies of the position code.
         positions: per block, the position MLP.
         most_rows: longest table that is computed once for all chunks; None computes no tables.
+        per_chunk: compute the others for each chunk in which enough queries share relative positions; without it
+            each query has its own, which costs matrix units less than many small steps cost a GPU.
     """
 
     def __init__(
@@ -81,59 +105,110 @@ class Grid:
         freqs: Tensor,
         positions: Sequence[PositionWeights],
         most_rows: int | None,
+        per_chunk: bool = True,
     ) -> None:
-        self.size, self.token_grid, self.batch = size, token_grid, batch
-        self.freqs, self.positions, self.tabulates = freqs, positions, most_rows is not None
-        self.rows, self.columns = (
-            GridAxis.create(cells, tokens, dtype, device)
-            for cells, tokens in zip(size, token_grid, strict=True)
+        self.size, self.token_grid, self.batch, self.dtype, self.device = (
+            size,
+            token_grid,
+            batch,
+            dtype,
+            device,
         )
-        distinct = len(self.rows.relative) * len(self.columns.relative)
-        self.shared = None
-        if most_rows is not None and distinct <= most_rows:
-            self.shared = self._gamma_beta(self.rows.relative, self.columns.relative)
+        self.freqs, self.positions = freqs, positions
+        rows, columns = (GridAxis.create(*counts, dtype) for counts in zip(size, token_grid, strict=True))
+        distinct = len(rows.relative) * len(columns.relative)
+        shares = most_rows is not None and distinct <= most_rows
+        if not per_chunk:
+            shares = shares and 2 * distinct <= batch * size[0] * size[1]
+        self.tables_per_chunk = most_rows is not None and not shares and per_chunk
+        if most_rows is not None and not shares:
+            rows, columns = (
+                axis.over_their_tokens(n) for axis, n in zip((rows, columns), token_grid, strict=True)
+            )
+        self.rows, self.columns = rows, columns
+        self.axes = self._on_device(rows, columns, (0, 0))
+        self.shared = self._gamma_beta(self.axes) if shares else None
 
     def queries(self, span: slice) -> Queries:
-        """The queries of whole rows or of a part of one, with tables where enough share relative positions.
+        """The queries of a part of the grid, with tables where enough share relative positions.
 
         Args:
             span: of the cells, counted row by row.
         """
         _, W = self.size
-        y, x = slice(span.start // W, (span.stop - 1) // W + 1), slice(0, W)
-        if y.stop - y.start == 1:
-            x = slice(span.start % W, (span.stop - 1) % W + 1)
-        keep = self.shared is not None
-        rows, columns = self.rows.part(y, keep), self.columns.part(x, keep)
-        grid_y, grid_x = torch.meshgrid(rows.coords, columns.coords, indexing="ij")
-        coords = torch.stack((grid_x, grid_y), dim=-1).flatten(0, 1).expand(self.batch, -1, -1)  # [B, n, 2]
-        distinct = len(rows.relative) * len(columns.relative)
-        if not self.tabulates or (self.shared is None and 2 * distinct > coords.shape[1]):
-            return Queries(coords, [None] * len(self.positions))
-        tables = self._gamma_beta(rows.relative, columns.relative) if self.shared is None else self.shared
-        row = (rows.phase[:, None] * len(columns.relative) + columns.phase).flatten()  # [n]
-        token = (rows.token[:, None] * self.token_grid[1] + columns.token).flatten()  # [n]
-        return Queries(coords, [FilmTable(gamma_beta, row, token) for gamma_beta in tables])
+        axes, tables = self.axes, self.shared
+        if self.tables_per_chunk:
+            y, x = slice(span.start // W, (span.stop - 1) // W + 1), slice(0, W)
+            if y.stop - y.start == 1:
+                x = slice(span.start % W, (span.stop - 1) % W + 1)
+            rows, columns = self.rows.part(y), self.columns.part(x)
+            if 2 * len(rows.relative) * len(columns.relative) <= span.stop - span.start:
+                axes = self._on_device(rows, columns, (y.start, x.start))
+                tables = self._gamma_beta(axes)
+        cells = torch.arange(span.start, span.stop, dtype=torch.int64, device=self.device)  # [n]
+        return self._queries(cells, axes, tables)
 
     def cells(self, cells: Tensor) -> Queries:  # [n]
         """The queries of any cells, counted row by row, with the table of all relative positions if there is one."""
-        y, x = cells // self.size[1], cells % self.size[1]
-        coords = torch.stack((self.columns.coords[x], self.rows.coords[y]), dim=-1).expand(self.batch, -1, -1)
-        if self.shared is None:
-            return Queries(coords, [None] * len(self.positions))
-        row = self.rows.phase[y] * len(self.columns.relative) + self.columns.phase[x]  # [n]
-        token = self.rows.token[y] * self.token_grid[1] + self.columns.token[x]  # [n]
-        return Queries(coords, [FilmTable(gamma_beta, row, token) for gamma_beta in self.shared])
+        return self._queries(cells, self.axes, self.shared)
 
-    def _gamma_beta(self, relative_y: Tensor, relative_x: Tensor) -> list[Tensor]:
+    def _queries(self, cells: Tensor, axes: _Axes, tables: Sequence[Tensor] | None) -> Queries:
+        """The queries of cells, by rows and columns that hold them, with tables if there are some."""
+        y = cells.div(self.size[1], rounding_mode="floor") - axes.first[0]
+        x = cells.remainder(self.size[1]) - axes.first[1]
+        coords = torch.stack((axes.coords[1][x], axes.coords[0][y]), dim=-1).expand(self.batch, -1, -1)
+        if tables is None:
+            return Queries(coords, [None] * len(self.positions))
+        row, token = (axes.index[0][:, y] + axes.index[1][:, x]).unbind()  # [n] each
+        return Queries(coords, [FilmTable(gamma_beta, row, token) for gamma_beta in tables])
+
+    def _on_device(self, rows: GridAxis, columns: GridAxis, first: tuple[int, int]) -> _Axes:
+        """Bring rows and columns to where they are used, in one copy that nothing waits for."""
+        index = (
+            np.stack((rows.phase * len(columns.relative), rows.token * self.token_grid[1])),
+            np.stack((columns.phase, columns.token)),
+        )
+        floats = (rows.coords, columns.coords, rows.relative, columns.relative)
+        packed = np.concatenate([a.astype(np.int64).ravel() for a in index] + [_as_words(a) for a in floats])
+        on_device = torch.from_numpy(packed).to(self.device, non_blocking=True)
+        parts = on_device.split([a.size for a in index] + [len(_as_words(a)) for a in floats])
+        coords_y, coords_x, relative_y, relative_x = (
+            part.view(self.dtype)[: len(a)] for part, a in zip(parts[2:], floats, strict=True)
+        )
+        return _Axes(
+            first,
+            (coords_y, coords_x),
+            (parts[0].view(2, -1), parts[1].view(2, -1)),
+            (relative_y, relative_x),
+        )
+
+    def _gamma_beta(self, axes: _Axes) -> list[Tensor]:
         """``[gamma, beta]`` of every block for all pairs of relative positions, in float32 or better."""
-        y, x = torch.meshgrid(relative_y, relative_x, indexing="ij")
+        y, x = torch.meshgrid(*axes.relative, indexing="ij")
         relative = torch.stack((x, y), dim=-1).flatten(0, 1)  # [R, 2]
         with torch.autocast(relative.device.type, enabled=False):
+            if relative.device.type == "cuda":
+                return self._gamma_beta_batched(relative)
             return [
                 film_gamma_beta(relative, self.freqs, PositionWeights(*(t.to(y.dtype) for t in position)))
                 for position in self.positions
             ]
+
+    def _gamma_beta_batched(self, relative: Tensor) -> list[Tensor]:
+        """The same in a few launches for all blocks together."""
+        code = position_code(relative, self.freqs)  # [R, 2 + 4 F]
+        weight1, bias1, weight2, bias2 = (
+            torch.stack(layer).to(code.dtype) for layer in zip(*self.positions, strict=True)
+        )
+        code = code.expand(len(weight1), -1, -1)
+        hidden = F.gelu(torch.baddbmm(bias1[:, None], code, weight1.mT))  # [L - 1, R, D]
+        return list(torch.baddbmm(bias2[:, None], hidden, weight2.mT).unbind())
+
+
+def _as_words(values: np.ndarray) -> np.ndarray:
+    """Numbers as words of 64 bits, with a number of zero behind them where they do not fill the last."""
+    padding = -values.nbytes % 8 // values.itemsize
+    return np.concatenate((values, np.zeros(padding, values.dtype))).view(np.int64)
 
 
 def cell_centres(size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -196,8 +196,8 @@ class ViTUp(nn.Module):
             walk = choose_walk(settings)
             per_query = self._query_bytes(walk, options)
             limits = query_chunk_size, max_memory, per_query, self._least_scratch(walk)
-            chunk, scratch = Budget.divide(self.device, *limits)
-            spans = Spans(count, 1, chunk)
+            chunk, scratch = Budget.divide(settings.usual_chunk(self.config.dim), *limits)
+            spans = Spans(count, 1, chunk, not settings.on_gpu)
         without_tables = [None] * len(self.vit_up_blocks)
         queries = lambda span: Queries(coords[:, span], without_tables)  # noqa: E731
         return self._run(cache, weights, settings, count, spans, scratch, queries, options)
@@ -291,7 +291,8 @@ class ViTUp(nn.Module):
         limited = copy_bytes > 0 and budget is not None
         fits = not limited or budget >= 4 * copy_bytes
         budget = budget - copy_bytes if limited and fits else budget
-        chunk, scratch = Budget.divide(self.device, query_chunk_size, budget, per_query, least_scratch)
+        limits = query_chunk_size, budget, per_query, least_scratch
+        chunk, scratch = Budget.divide(settings.usual_chunk(self.config.dim), *limits)
         # A table differs from the definition, whose token centres are float32 numbers, by less than rounding the
         # cell centres to float32 does. Where float32 holds these, each query is computed, and in float64 always.
         exact_cells = all(n & (n - 1) == 0 for n in (H, W))
@@ -300,13 +301,13 @@ class ViTUp(nn.Module):
         if settings.implementation == "reference" or precise or not fits:
             most_rows = None
         place = cache.token_grid, cache.batch_size, wide, self.device
-        grid = Grid((H, W), *place, weights.freqs, positions, most_rows)
+        grid = Grid((H, W), *place, weights.freqs, positions, most_rows, per_chunk=not settings.on_gpu)
         if tolerance:
             output, spent = self._run_adaptive(
                 cache, weights, settings, chunk, scratch, grid, options, tolerance
             )
         else:
-            spans = Spans(H, W, chunk)
+            spans = Spans(H, W, chunk, not settings.on_gpu)
             output = self._run(cache, weights, settings, H * W, spans, scratch, grid.queries, options)
             spent = AdaptiveReport(H * W, (H * W,) * cache.batch_size, (0.0,) * cache.batch_size)
         if report is not None:
@@ -397,7 +398,7 @@ class ViTUp(nn.Module):
                 numbers.empty_outputs(1, cells, dim, settings.dtype, self.device) if decoding.labels else []
             )
         groups = [slice(i, i + 1) for i in range(B)]
-        spans = Spans(cells, 1, chunk)
+        spans = Spans(cells, 1, chunk, not settings.on_gpu)
         queries, errors, told = [], [], 0
         if B:
             walk = self._walk_for(weights, settings, B * cells)

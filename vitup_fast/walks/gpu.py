@@ -7,20 +7,27 @@ graph: its launches then cost the CPU nothing, which is what a small set of quer
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import KernelError
 from ..kernels.cuda import compiled_kernels
 from ..network.image_cache import ImageCache
 from ..network.weights import BlockWeights, DecoderWeights, NetworkWeights, Snapshot
-from ..ops.coordinates import position_dtype
+from ..ops.coordinates import position_dtype, rope_angles, rotate_complex, token_centres
 from ..ops.implementations import compiled_operations
-from .operators import OperatorsWalk, project
+from ..ops.primitives import LAYER_NORM_EPS
+from .operators import OperatorsWalk
 from .plan import Spans
 from .walk import Chunk, Decoding, Settings, Step, Walk, plain_modes
 
@@ -43,6 +50,8 @@ class FoldedBlock(NamedTuple):
     film: FoldedMLP
     film_norm: tuple[Tensor, Tensor]
     mlp: FoldedMLP
+    image: Folded  # keys and values side by side
+    token_norm: tuple[Tensor, Tensor]
 
 
 def fold_block(block: BlockWeights, head_dim: int) -> FoldedBlock:
@@ -52,7 +61,11 @@ def fold_block(block: BlockWeights, head_dim: int) -> FoldedBlock:
     from ..kernels.triton.residual_mlp import fold_mlp
     from ..kernels.triton.rope_cross_attention import fold_query
 
-    attention = block.attention
+    attention, image = block.attention, block.image
+    key_value = (
+        torch.cat((image.key_weight, image.value_weight)),
+        torch.cat((image.key_bias, image.value_bias)),
+    )
     return FoldedBlock(
         fold_mlp(*block.transition),
         fold_query(*attention[:4], head_dim),
@@ -61,6 +74,8 @@ def fold_block(block: BlockWeights, head_dim: int) -> FoldedBlock:
         fold_mlp(*block.film.mlp),
         (block.film.out_norm_weight.contiguous(), block.film.out_norm_bias.contiguous()),
         fold_mlp(*block.mlp),
+        fold(*key_value, image.norm_weight, image.norm_bias),
+        (image.token_norm_weight, image.token_norm_bias),
     )
 
 
@@ -207,18 +222,56 @@ def walk_blocks(
     return moments
 
 
-def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+_own_streams: dict[tuple[int, torch.device], torch.cuda.Stream] = {}
+_capturing = threading.Lock()
+
+
+def own_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of a GPU that this thread alone uses: one of PyTorch's, which go round, could carry another's work.
+
+    Raises:
+        KernelError: the driver makes none.
+    """
+    key = threading.get_ident(), device
+    stream = _own_streams.get(key)
+    if stream is None:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        handle, not_blocking = ctypes.c_void_p(), 1
+        with torch.cuda.device(device):
+            torch.cuda.init()
+            code = driver.cuStreamCreate(ctypes.byref(handle), not_blocking)
+        if code:
+            raise KernelError(f"the CUDA driver made no stream on {device}: error {code} of cuStreamCreate")
+        stream = _own_streams[key] = torch.cuda.ExternalStream(handle.value, device=device)
+    return stream
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Collect no garbage: what a collection frees may not be freed while launches are recorded."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def record(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
     """Record the launches of ``run``, which has run before, as a CUDA graph; return what replays it."""
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream(device)
+    graph, stream = torch.cuda.CUDAGraph(), own_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.device(device), torch.cuda.stream(stream):
+    with _capturing, without_garbage_collection(), torch.cuda.device(device), torch.cuda.stream(stream):
         # Other threads may go on allocating.
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             run()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # it would only say that the recording is void
+                graph.capture_end()
+            raise
+        graph.capture_end()
     torch.cuda.current_stream(device).wait_stream(stream)
     return graph.replay
 
@@ -333,9 +386,29 @@ class GpuWalk(Walk):
         self._lock = threading.Lock()
 
     def project(self, hidden_states: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
-        """See :meth:`Walk.project`."""
+        """See :meth:`Walk.project`: all depths together wherever they share a step."""
+        from ..kernels.triton.common import measure_moments
+        from ..kernels.triton.linear import linear
+
         with plain_modes(self.device):
-            return project(self.weights, hidden_states, self.settings)
+            B, h, w, D = hidden_states[0].shape
+            hidden = torch.stack(list(hidden_states)).to(self.dtype)  # [L - 1, B, h, w, D]
+            rows = hidden.view(len(hidden), -1, D)
+            moments = measure_moments(rows.flatten(0, 1)).view(*rows.shape[:2], 1, 2)
+            both = torch.empty(*rows.shape[:2], 2 * D, dtype=self.dtype, device=self.device)
+            for row, moment, block, out in zip(rows, moments, self.constants.blocks, both, strict=True):
+                linear(row, block.image, moment, out=out)
+            shape = (len(hidden), B, h * w, 2, self.settings.heads, D // self.settings.heads)
+            key, value = both.view(shape).unbind(3)  # [L - 1, B, T, Hh, d] each
+            wide = torch.promote_types(self.dtype, torch.float32)
+            angles = rope_angles(token_centres((h, w), wide, self.device), self.constants.inv_freq)
+            key = rotate_complex(key, angles.unsqueeze(1))
+            keys, values = (t.transpose(2, 3).contiguous().unbind() for t in (key, value))
+            tokens = [
+                F.layer_norm(t, (D,), *block.token_norm, LAYER_NORM_EPS)
+                for t, block in zip(hidden, self.constants.blocks, strict=True)
+            ]
+        return keys, values, tuple(tokens)
 
     def begin(
         self,

@@ -12,8 +12,18 @@ import torch
 from ..errors import expected
 from ..ops.checks import check_budget
 
-# Queries whose activations stay in the last-level cache while a block's weights pass by.
-CHUNK_QUERIES = {"cpu": 1568, "cuda": 8448}
+# Queries whose activations stay in the last-level cache of a CPU while a block's weights pass by.
+CHUNK_QUERIES = 1568
+# Rows of the widest tile of a product, and the width up to which one tile holds a row.
+TILE_ROWS, TILE_WIDTH = 128, 384
+
+
+def gpu_chunk(multiprocessors: int, dim: int) -> int:
+    """Queries of which the widest tiles give every multiprocessor of a GPU exactly one.
+
+    A block more would double the time of a product of complete rows, one less leave a multiprocessor idle.
+    """
+    return TILE_ROWS * max(1, multiprocessors * TILE_WIDTH // max(dim, TILE_WIDTH // 6))
 
 
 class Budget(NamedTuple):
@@ -30,7 +40,7 @@ class Budget(NamedTuple):
     @classmethod
     def divide(
         cls,
-        device: torch.device,
+        usual: int,
         query_chunk_size: int | None,
         max_memory: int | None,
         per_query: int,
@@ -39,7 +49,7 @@ class Budget(NamedTuple):
         """Choose from the caller's limits, or as suits the device.
 
         Args:
-            device: where the pass runs.
+            usual: queries to walk at once where memory allows it.
             query_chunk_size: the caller's chunk.
             max_memory: the caller's limit in bytes, instead of a chunk.
             per_query: bytes that a query needs.
@@ -51,30 +61,33 @@ class Budget(NamedTuple):
         query_chunk_size, max_memory = check_budget(query_chunk_size, max_memory)
         if query_chunk_size is not None:
             return cls(query_chunk_size, None)
-        chunk = CHUNK_QUERIES.get(device.type, CHUNK_QUERIES["cuda"])
         if max_memory is None:
-            return cls(chunk, None)
+            return cls(usual, None)
         least = per_query + least_scratch
         if max_memory < least:
             raise expected("max_memory", f"at least {least} bytes, the need of one query", max_memory)
         for_queries = max_memory - max(least_scratch, max_memory // 2 if least_scratch else 0)
-        chunk = min(chunk, max(1, for_queries // per_query))
+        chunk = min(usual, max(1, for_queries // per_query))
         return cls(chunk, max_memory - chunk * per_query)
 
 
 class Spans(NamedTuple):
-    """Queries in lines of equal length, cut into whole lines or parts of one, of at most ``chunk`` queries.
+    """Queries in lines of equal length, cut into spans of at most ``chunk`` queries; at least one.
 
-    There are as few spans as possible, of nearly equal length, and at least one.
+    Spans of ``whole_lines`` are lines or parts of one, as few as possible and of nearly equal length: lines share
+    work, and cores a span. Others have ``chunk`` queries each, wherever that ends, and the last one the rest.
     """
 
     lines: int
     length: int
     chunk: int
+    whole_lines: bool = True
 
     @property
     def longest(self) -> int:
         """Queries of the longest span."""
+        if not self.whole_lines:
+            return min(self.chunk, self.lines * self.length)
         if self.chunk >= self.length:
             return _longest(self.lines, self.chunk // max(1, self.length)) * self.length
         return _longest(self.length, self.chunk)
@@ -86,8 +99,11 @@ class Spans(NamedTuple):
 
     def __iter__(self) -> Iterator[slice]:
         """Yield the spans of the queries, counted line by line."""
-        length = self.length
-        if self.chunk >= length:
+        length, count = self.length, self.lines * self.length
+        if not self.whole_lines:
+            for start in range(0, max(1, count), self.chunk):
+                yield slice(start, min(start + self.chunk, count))
+        elif self.chunk >= length:
             for lines in cut(self.lines, self.chunk // max(1, length)):
                 yield slice(lines.start * length, lines.stop * length)
         else:

@@ -14,7 +14,7 @@ from ..network.grid import Queries
 from ..network.image_cache import ImageCache
 from ..network.weights import DecoderWeights, NetworkWeights
 from ..ops.norm_linear import label_dtype
-from .plan import Spans
+from .plan import CHUNK_QUERIES, Spans, gpu_chunk
 
 
 class Settings(NamedTuple):
@@ -38,6 +38,21 @@ class Settings(NamedTuple):
     device: torch.device
     in_place: bool
     checkpoint: str = "none"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes, or Triton's interpreter in its place."""
+        return self.device.type == "cuda" or self.implementation in ("triton", "cuda")
+
+    def usual_chunk(self, dim: int) -> int:
+        """Queries of a network of width ``dim`` to walk at once where memory allows it."""
+        if self.implementation in ("triton", "cuda"):
+            from ..kernels.triton.common import multiprocessors
+
+            return gpu_chunk(multiprocessors(self.device), dim)
+        if self.device.type == "cuda":
+            return gpu_chunk(torch.cuda.get_device_properties(self.device).multi_processor_count, dim)
+        return CHUNK_QUERIES
 
 
 class Decoding(NamedTuple):
