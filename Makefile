@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 
-.PHONY: demo test lint sanitize sanitize-threads clean
+.PHONY: demo test lint sanitize sanitize-threads gpu-extension clean
 
 # Upsample the photograph that ships with the project, by the network that ships with it; its backbone comes from the
 # Hugging Face hub, or if that cannot be reached from a package that contains it.
@@ -32,6 +32,20 @@ sanitize: $(VENV)/test.installed
 
 sanitize-threads: $(VENV)/test.installed
 	PYTHON=$(VENV)/bin/python .ci/sanitize thread test_cpu_kernels.py test_fingerprint.py -k thread
+
+# The extension for a borrowed H100 or H200, which may have no compiler, in the Python that runs there; bench/run_gpu.sh
+# finds it in build/gpu.
+GPU_PYTHON ?= python3.12
+GPU_ARCHITECTURE ?= 90a
+gpu-extension:
+	$(GPU_PYTHON) -m venv build/gpu/venv
+	build/gpu/venv/bin/python -m pip install --quiet cmake ninja pybind11
+	PATH="$(CURDIR)/build/gpu/venv/bin:$$PATH:/usr/local/cuda/bin" cmake -S . -B build/gpu/cmake -G Ninja \
+	  -DPython_EXECUTABLE="$(CURDIR)/build/gpu/venv/bin/python" -DVITUP_FAST_CPU=OFF -DVITUP_FAST_CUDA=ON \
+	  -DCMAKE_CUDA_ARCHITECTURES=$(GPU_ARCHITECTURE)
+	PATH="$(CURDIR)/build/gpu/venv/bin:$$PATH:/usr/local/cuda/bin" cmake --build build/gpu/cmake
+	rm -f build/gpu/_C.*
+	cp build/gpu/cmake/_C.*.so build/gpu/
 
 $(VENV)/%.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
