@@ -8,7 +8,8 @@ Providers, from the same random weights and inputs, ``prepare`` included in ever
   keys, values and the decoders of all depths are computed for each of these chunks.
 - ``compiled``: ``torch.compile`` of exactly that.
 - ``reference`` and ``reference, compiled``: the authors' code, if ``VITUP_REFERENCE`` names a checkout of it.
-- this library by implementation (``torch``, ...): ``dense`` on a grid, ``forward`` at scattered coordinates.
+- this library by implementation (``torch``, ...): ``dense`` on a grid, ``forward`` at scattered coordinates; in
+  training also with what each ``checkpoint`` keeps.
 
 Where there are many queries, a random sample of them is judged: the definition runs at their coordinates alone, and
 their rows of each provider's whole result are compared. Gradients are compared for cotangents that are zero elsewhere.
@@ -148,11 +149,17 @@ def in_pieces(step: Features, all_layers: bool) -> Features:
 
 
 def by_library(
-    impl: str, side: int | None, chunk: int | None, all_layers: bool, prepared: bool = False
+    impl: str,
+    side: int | None,
+    chunk: int | None,
+    all_layers: bool,
+    prepared: bool = False,
+    checkpoint: str = "none",
 ) -> Features:
     """Return this library's way: ``dense`` on a grid of ``side`` rows, without one ``forward``.
 
     Where the image is ``prepared``, the first call with its hidden states does that for all that follow.
+    ``forward`` keeps for a backward pass what ``checkpoint`` says.
     """
     caches: list[tuple[Tensor, ImageCache]] = []
 
@@ -166,7 +173,10 @@ def by_library(
     def features(net: ViTUp, hidden: list[Tensor], grid: Tensor, coords: Tensor) -> list[Tensor]:
         cache = prepare(net, hidden, grid)
         options = {"return_all_layers": all_layers, "query_chunk_size": chunk, "impl": impl}
-        output = net(cache, coords, **options) if side is None else net.dense(cache, (side, side), **options)
+        if side is None:
+            output = net(cache, coords, checkpoint=checkpoint, **options)
+        else:
+            output = net.dense(cache, (side, side), **options)
         layers = output if all_layers else [output]
         return [layer.view(1, -1, layer.shape[-1]) for layer in layers]
 
@@ -347,6 +357,11 @@ def network_case(
         for chunk in chunks:
             name = f"{impl}, chunk {chunk}"
             ways[name] = ours, by_library(impl, side, chunk, backward, prepared)
+            if impl in refused:
+                refused[name] = refused[impl]
+        for kept in ("op", "block") if backward and side is None else ():
+            name = f"{impl}, checkpoint {kept}"
+            ways[name] = ours, by_library(impl, side, None, backward, prepared, kept)
             if impl in refused:
                 refused[name] = refused[impl]
 

@@ -295,17 +295,17 @@ def test_operation_command_writes_json(fake_probes, tmp_path, capsys):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("judged", [49, 9])
-@pytest.mark.parametrize("mode", ["dense", "scattered", "backward", "autocast", "prepared"])
+@pytest.mark.parametrize("mode", ["dense", "scattered", "backward", "training", "autocast", "prepared"])
 def test_network_case_agrees(dtype, mode, judged):
     if mode == "autocast" and dtype == torch.float32:
         pytest.skip("autocast to float32 is none")
     case = end_to_end.network_case(
         ViTUpConfig.preset("tiny"),
         49,
-        mode != "scattered",
+        mode not in ("scattered", "training"),
         CPU,
         dtype,
-        backward=mode == "backward",
+        backward=mode in ("backward", "training"),
         autocast=mode == "autocast",
         prepared=mode == "prepared",
         compiled=False,
@@ -314,7 +314,8 @@ def test_network_case_agrees(dtype, mode, judged):
         token_grid=(5, 5),
         patch_grid=(9, 9),
     )
-    assert list(case.providers) == ["torch", "torch, chunk 20"]
+    kept = ["torch, checkpoint op", "torch, checkpoint block"] if mode == "training" else []
+    assert list(case.providers) == ["torch", "torch, chunk 20", *kept]
     assert list_of(case.eager())[0].shape[1] == 49
     assert list_of(case.exact())[0].shape[1] == judged
     assert case.work.bytes > 0
