@@ -70,8 +70,11 @@ def test_ctrl_c_says_how_to_go_on(image, head, tmp_path, capsys, monkeypatch):
 def test_points(image, tmp_path, capsys):
     (tmp_path / "points.csv").write_text("x,y\n3,4\n50,60.5\n")
     out = tmp_path / "features.safetensors"
-    assert run(image, "-o", out, "--points", tmp_path / "points.csv", "--labels") == cli.USER_ERROR
-    assert "--points" in capsys.readouterr().err
+    points = ("--points", tmp_path / "points.csv")
+    assert run(image, "-o", out, *points, "--mask", "otsu") == cli.USER_ERROR
+    assert "--mask" in capsys.readouterr().err
+    assert run(image, "-o", out, *points, "--pca", 3) == cli.USER_ERROR
+    assert "pca.safetensors of an earlier run" in capsys.readouterr().err
     assert run(image, "-o", out, "--points", tmp_path / "points.csv") == 0
     assert "points -> " in capsys.readouterr().out
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
-from tiling_inputs import DIM, WINDOW, make_model, pixels, save
+from tiling_inputs import DIM, WINDOW, make_head, make_model, pixels, save
 
 from vitup_fast import InputError, tiling
 from vitup_fast.images import normalise
 from vitup_fast.tiling import points as points_module
+from vitup_fast.tiling.answers import fit_basis, save_basis
 from vitup_fast.tiling.points import group, read_points
 
 SIZE = (150, 170)
@@ -77,6 +78,51 @@ def test_points_keep_their_order_and_lie_well_inside(model, image, tmp_path, kin
     errors = [np.abs(features[i] - exact(model, points[i])).max() for i in range(0, 60, 3)]
     assert np.median(errors) < 1e-5
     assert sum(e < 1e-5 for e in errors) >= 15
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "safetensors", "h5ad"])
+def test_all_answers_at_points_follow_from_their_features(model, image, tmp_path, kind, monkeypatch):
+    if kind == "h5ad":
+        pytest.importorskip("anndata")
+    monkeypatch.setattr(points_module, "PART_WINDOWS", 8)
+    monkeypatch.setattr(points_module, "ROWS", 7)
+    points, head = scattered(), make_head()
+    whole = tmp_path / "features.safetensors"
+    tiling.upsample_points(image, points, whole, model, batch=3)
+    features = load_file(whole)["features"]
+    basis = fit_basis(torch.from_numpy(features), 3)
+    save_basis(tmp_path / "pca.safetensors", basis)
+    vectors = torch.randn(2, DIM, generator=torch.Generator().manual_seed(1))
+    asked = {"head": head, "labels": True, "scores": True, "similar": vectors, "features": kind != "csv"}
+    output = tmp_path / f"points.{kind}"
+    asked["pca"] = tmp_path / "pca.safetensors"
+    tiling.upsample_points(image, points, output, model, batch=3, **asked)
+    if kind == "parquet":
+        table = pytest.importorskip("pyarrow.parquet").read_table(output)
+        assert str(table.schema.field("labels").type) == "uint8"
+        found = {n: np.stack(table[n].to_numpy()) for n in table.column_names if n not in "xy"}
+    elif kind == "csv":
+        names = output.read_text().splitlines()[0].split(",")
+        rows = np.loadtxt(output, delimiter=",", skiprows=1)
+        assert names[2:5] == ["labels", "scores_0", "scores_1"]
+        found = {"labels": rows[:, 2], "scores": rows[:, 3:8], "pca": rows[:, 8:11], "similar": rows[:, 11:]}
+    elif kind == "safetensors":
+        found = load_file(output)
+    else:
+        data = pytest.importorskip("anndata").read_h5ad(output)
+        np.testing.assert_array_equal(data.obsm["spatial"], points)
+        found = {**data.obsm, "labels": data.obs["labels"].to_numpy(), "features": data.X}
+    scores = features @ head[0].numpy().T + head[1].numpy()
+    np.testing.assert_array_equal(found["labels"], scores.argmax(axis=1))
+    np.testing.assert_allclose(found["scores"], scores, atol=1e-4)
+    projected = (features - basis.mean.numpy()) @ basis.components.numpy()
+    share = (projected - basis.low.numpy()) / (basis.high - basis.low).numpy()
+    np.testing.assert_allclose(found["pca"], 1 + 254 * share.clip(0, 1), atol=0.51)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    cosine = unit @ (vectors / vectors.norm(dim=1, keepdim=True)).numpy().T
+    np.testing.assert_allclose(found["similar"], cosine, atol=1e-5)
+    if kind != "csv":
+        np.testing.assert_allclose(found["features"], features, atol=1e-5)
 
 
 def test_points_lie_a_quarter_inside():

@@ -56,8 +56,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     asked.add_argument(
         "--points",
         metavar="FILE",
-        help="features at the points of a CSV, Parquet or GeoJSON file, in pixels of level 0, and nothing else; "
-        f"OUTPUT ends with {', '.join(POINT_SUFFIXES)}",
+        help="answers (features, if nothing is asked) at the points of a CSV, Parquet or GeoJSON file, in pixels of "
+        f"level 0, and nothing else; OUTPUT ends with {', '.join(POINT_SUFFIXES)}",
     )
     pixels = parser.add_argument_group("how to read the image")
     pixels.add_argument("--level", type=int, default=0, help="resolution to work at (0)")
@@ -96,10 +96,8 @@ def run(args: argparse.Namespace) -> int:
     require("tqdm", "giga", "showing progress")
     require("PIL.Image", "giga", "drawing a report")
     require("timm", "giga", "building a backbone")
-    if args.points:
-        beside = ("labels", "scores", "head", "pca", "similar", "features", "mask")
-        if also := [f"--{name}" for name in beside if getattr(args, name)]:
-            raise expected("--points", "no other result beside it", " ".join(also))
+    if args.points and args.mask:
+        raise expected("--points", "no --mask beside it", args.mask)
     shard, max_memory = _shard(args.shard), _bytes(args.max_memory)
     with interruptible():
         try:
@@ -118,15 +116,20 @@ def _giga(args: argparse.Namespace, shard: tuple[int, int], max_memory: int) -> 
             raise _OnlyEstimate
 
     model = load_model(args)
-    pixels = {
+    asked = {
+        "head": args.head,
+        "labels": args.labels,
+        "scores": args.scores,
+        "pca": int(args.pca) if args.pca and args.pca.isdecimal() else args.pca,
+        "similar": args.similar,
+    }
+    options = {
         "level": args.level,
         "mpp": args.mpp,
         "source_mpp": args.source_mpp,
         "bands": args.bands,
         "scale": args.scale,
         "strict": args.strict,
-    }
-    work = {
         "window": args.window,
         "batch": args.batch,
         "workers": args.workers,
@@ -137,25 +140,23 @@ def _giga(args: argparse.Namespace, shard: tuple[int, int], max_memory: int) -> 
     }
     try:
         if args.points:
-            summary = upsample_points(args.image, args.points, args.output, model, **pixels, **work)
+            features = True if args.features else None
+            summary = upsample_points(
+                args.image, args.points, args.output, model, features=features, **asked, **options
+            )
         else:
             summary = upsample(
                 args.image,
                 args.output,
                 model,
-                head=args.head,
-                labels=args.labels,
-                scores=args.scores,
-                pca=int(args.pca) if args.pca and args.pca.isdecimal() else args.pca,
-                similar=args.similar,
                 features=args.features,
                 stride=args.stride,
                 overlap=args.overlap,
                 mask=args.mask,
                 format=args.format,
                 max_memory=max_memory,
-                **pixels,
-                **work,
+                **asked,
+                **options,
             )
     except _OnlyEstimate:
         return 0

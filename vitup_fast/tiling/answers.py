@@ -53,7 +53,7 @@ class Answers:
         scores: the head's blended scores.
         basis: principal components to show.
         similar: unit vectors to which the blended cosine is computed.  # [Q, D]
-        features: "float16", or "int8" with a scale for each cell; None for no features.
+        features: "float16", or "int8" with a scale for each cell, or for points "float32"; None for no features.
     """
 
     weight: Tensor | None = None
@@ -124,13 +124,13 @@ class Answers:
         return torch.cat(weights), torch.cat(biases)
 
     def of_windows(
-        self, model: Upsampler, images: Tensor, size: tuple[int, int], coords: Tensor | None
+        self, model: Upsampler, images: Tensor | None, size: tuple[int, int], coords: Tensor | None
     ) -> Tensor:  # [B, h, w, channels]
         """Compute what is blended of a batch of windows.
 
         Args:
             model: features of windows.
-            images: normalised windows.  # [B, 3, H, W]
+            images: normalised windows; None keeps those that the model was given last.  # [B, 3, H, W]
             size: rows and columns of cells, (h, w).
             coords: (x, y) of the cells in [0, 1]; None where they tile the window.  # [B, h * w, 2]
 
@@ -205,7 +205,9 @@ class Answers:
         return np.ascontiguousarray(values.cpu().numpy().astype(product.dtype, copy=False))
 
     def _features(self, features: Tensor) -> dict[str, Tensor]:
-        """Round features to float16, or to 8 bits with one scale a cell."""
+        """Round features to float16, or to 8 bits with one scale a cell; or leave them in float32."""
+        if self.features == "float32":
+            return {"features": features}
         largest = features.abs().amax(dim=-1)
         if self.features == "int8":
             scale = largest / 127

@@ -1,4 +1,4 @@
-"""Features at points of an image larger than memory: points are grouped so that each window is encoded once."""
+"""Answers at points of an image larger than memory: points are grouped so that each window is encoded once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .. import __version__
 from ..errors import InputError, MissingPackageError, brief, expected, require
 from ..files import digest_file, digest_tensors, read_record
 from ..images import write_atomically
 from ..upsampler import Upsampler
+from .answers import Answers, Product, read_basis
 from .read import Plane, Region
 from .resume import (
     PARTS,
@@ -32,21 +33,10 @@ from .resume import (
     make_folder,
     write_json,
 )
-from .run import (
-    Estimate,
-    Summary,
-    check_batch,
-    check_range,
-    check_scale,
-    check_sharing,
-    check_space,
-    check_window,
-    compute,
-    finished_before,
-)
+from .run import Estimate, Options, Summary, check_space, compute, finished_before, read_answers
 from .work import Pixels, Source, ahead, fill_window, give_back
 
-SUFFIXES = (".parquet", ".csv", ".safetensors")
+SUFFIXES = (".parquet", ".csv", ".safetensors", ".h5ad")
 PART_WINDOWS, PART_POINTS = 64, 65536
 MOST_POINTS = 16384  # of one window at once
 ROWS = 16384  # of a table at once
@@ -70,6 +60,7 @@ class PointJob:
         points: (x, y) in pixels of the plane, window after window.  # [N, 2] float64
         origins: top and left of each window.  # [M, 2] int64
         edges: windows' ranges of points.  # [M + 1] int64
+        answers: what is asked of every point.
         home: folder of the run's own files.
         batch: windows computed at once.
         strict: whether a broken tile ends the run.
@@ -80,6 +71,7 @@ class PointJob:
     points: np.ndarray
     origins: np.ndarray
     edges: np.ndarray
+    answers: Answers
     home: Path
     batch: int
     strict: bool
@@ -110,7 +102,7 @@ class PointJob:
         return [*parts, Part(len(parts), first, len(counts))]
 
     def file(self, part: Part) -> Path:
-        """The file of a part's features."""
+        """The file of a part's answers."""
         return self.home / "blocks" / f"{part.number:06d}.npy"
 
 
@@ -124,6 +116,7 @@ class PointWorker:
 
     def __init__(self, job: PointJob, model: Upsampler, tick: Callable[[int], object]) -> None:
         self.job, self.model, self.tick = job, model, tick
+        self.answers = job.answers.to(model.device)
         self.plane = job.source.open()
         self.pixels = Pixels(self.plane, job.source, model)
         self.progress = Progress(job.home)
@@ -139,22 +132,24 @@ class PointWorker:
             InputError: a broken tile if the job is strict; features that are not finite, or cannot be written.
         """
         batches = ahead(batch for part in parts for batch in self._batches(part))
-        features = np.empty((0, 0), np.float32)
+        rows: np.ndarray | None = None
         faults: set[str] = set()
+        width = sum(p.channels or 1 for p in self.answers.products(self.model.vit_up.config.dim))
         try:
             for part, windows, images, faulty, last in batches:
-                if not len(features):
-                    count = self.job.edges[part.last] - self.job.edges[part.first]
-                    features = np.empty((count, self.model.vit_up.config.dim), np.float32)
+                if rows is None:
+                    rows = np.empty(
+                        (self.job.edges[part.last] - self.job.edges[part.first], width), np.float32
+                    )
                 if faulty and self.job.strict:
                     raise InputError(f"{faulty[0]}; --strict stops here.")
                 faults.update(faulty)
-                self._compute(part, windows, images, features)
+                self._compute(part, windows, images, rows)
                 self.tick(len(windows))
                 if last:
-                    self._write(part, features, faults)
+                    self._write(part, rows, faults)
                     give_back()
-                    features, faults = features[:0], set()
+                    rows, faults = None, set()
         finally:
             batches.close()
 
@@ -173,7 +168,7 @@ class PointWorker:
             yield part, windows, images, faults, first + self.job.batch >= len(order)
 
     def _compute(self, part: Part, windows: list[int], images: list[np.ndarray], out: np.ndarray) -> None:
-        """Compute the points of a batch of windows."""
+        """Compute the answers at the points of a batch of windows, in float32, which holds all of them exactly."""
         job = self.job
         ranges = [(int(job.edges[w]), int(job.edges[w + 1])) for w in windows]
         longest = max(b - a for a, b in ranges)
@@ -184,24 +179,26 @@ class PointWorker:
         with torch.no_grad():
             self.model.set_images(self.pixels.normalised(images))
             for first in range(0, longest, MOST_POINTS):
-                piece = self.model(query_coords=queries[:, first : first + MOST_POINTS]).float().cpu().numpy()
-                for found, (a, b) in zip(piece, ranges, strict=True):
-                    count = min(b - a - first, found.shape[0])
+                piece = queries[:, first : first + MOST_POINTS]
+                size = piece.shape[1], 1
+                found = self.answers.of_windows(self.model, None, size, piece)  # [B, n, 1, channels]
+                ones = torch.ones(found.shape[:2], dtype=torch.float32, device=found.device)
+                products = self.answers.finish(found[:, :, 0], ones, np.ones(found.shape[:2], bool))
+                columns = [v[None] if v.ndim == 2 else v for v in products.values()]  # [C, B, n]
+                table = np.concatenate(columns, dtype=np.float32).transpose(1, 2, 0)
+                for answers, (a, b) in zip(table, ranges, strict=True):
+                    count = min(b - a - first, len(answers))
                     if count > 0:
-                        out[a - start + first : a - start + first + count] = found[:count]
+                        out[a - start + first : a - start + first + count] = answers[:count]
 
-    def _write(self, part: Part, features: np.ndarray, faults: set[str]) -> None:
-        """Write the features of a part, and its sidecar last."""
-        if not np.isfinite(features).all():
-            raise expected(
-                "features", "finite numbers", "NaN or infinity", "float16 overflows: try bfloat16."
-            )
+    def _write(self, part: Part, rows: np.ndarray, faults: set[str]) -> None:
+        """Write the answers of a part, and its sidecar last."""
         file = self.job.file(part)
         make_folder(file.parent)
 
         def write(temporary: Path) -> None:
             with temporary.open("wb") as opened:
-                np.lib.format.write_array(opened, features)
+                np.lib.format.write_array(opened, rows)
 
         write_atomically(file, write)
         facts = {"computed": part.last - part.first, "faults": sorted(faults)}
@@ -316,21 +313,15 @@ def upsample_points(
     output: str | os.PathLike[str],
     model: Upsampler,
     *,
-    window: int | None = None,
-    level: int = 0,
-    mpp: float | None = None,
-    source_mpp: float | None = None,
-    bands: Sequence[int] | None = None,
-    scale: tuple[float, float] | None = None,
-    batch: int | None = None,
-    strict: bool = False,
-    workers: int = 1,
-    shard: tuple[int, int] = (1, 1),
-    dask: str | None = None,
-    announce: Callable[[Estimate], object] | None = None,
-    progress: bool = False,
+    head: str | os.PathLike[str] | tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    labels: bool = False,
+    scores: bool = False,
+    pca: str | os.PathLike[str] | None = None,
+    similar: str | os.PathLike[str] | torch.Tensor | None = None,
+    features: bool | None = None,
+    **options: Any,
 ) -> Summary:
-    """Compute features at points of an image of any size, and write them as a table in the points' order.
+    """Compute answers at points of an image of any size, and write them as a table in the points' order.
 
     A run that was interrupted goes on where it was when it is called again with the same arguments.
 
@@ -338,22 +329,17 @@ def upsample_points(
         source: the image; see :func:`open_reader`.
         points: a file, see :func:`read_points`; or (x, y) in pixels of level 0, where the pixel in column j and row i
             has its centre at (j + 0.5, i + 0.5).  # [N, 2]
-        output: .parquet (x, y, and a list of numbers), .csv (x, y, f0, f1, ...) or .safetensors (points ``[N, 2]``
-            float64, features ``[N, D]`` float32).
+        output: .parquet (x, y, labels, and lists of numbers), .csv (x, y, labels, scores_0, ..., f0, f1, ...),
+            .safetensors (points ``[N, 2]`` float64, and a tensor for each answer), or .h5ad (AnnData: features as X,
+            labels in obs, points as obsm["spatial"] beside the other answers).
         model: backbone and network.
-        window: see :func:`upsample`, as all that follow.
-        level: resolution to work at.
-        mpp: micrometres per pixel to work at.
-        source_mpp: micrometres per pixel of level 0.
-        bands: channels to read.
-        scale: values that are black and white.
-        batch: windows computed at once.
-        strict: stop at a tile that cannot be decoded.
-        workers: processes on this machine.
-        shard: number of this share and of all shares.
-        dask: address of a Dask scheduler.
-        announce: called with the estimate before anything is computed or written; what it raises ends the run.
-        progress: show a bar of windows on stderr.
+        head: see :func:`upsample`, as the next four; but nothing is blended.
+        labels: the index of the head's largest score.
+        scores: the head's scores.
+        pca: the file of an earlier run's principal components.
+        similar: the cosine to these vectors.
+        features: write features in float32; None means if nothing else is asked.
+        options: those of :class:`Options`: how the image is read, and who does the work.
 
     Returns:
         What was done; its output is called "points".
@@ -362,32 +348,42 @@ def upsample_points(
         InputError: an argument, a file or a disk that does not fit; points that are NaN or outside of the image.
         MissingPackageError: an optional package is needed.
     """
-    sharing = check_sharing(workers, shard, dask)
-    source, output = Path(source).absolute(), Path(output).absolute()
+    wanted = Options(**options)
+    sharing, described = wanted.sharing(), wanted.source(source)
+    source, output = described.path, Path(output).absolute()
     if output.suffix not in SUFFIXES:
         raise expected("--output", f"a name that ends with {', '.join(SUFFIXES)}", brief(output))
     if output.suffix == ".parquet":
         require("pyarrow.parquet", "tables", "writing Parquet")
+    if output.suffix == ".h5ad":
+        require("anndata", "anndata", "writing .h5ad")
     given = points if isinstance(points, np.ndarray) else read_points(points)
     given = np.ascontiguousarray(given, np.float64)
     if given.ndim != 2 or given.shape[1] != 2 or not len(given):
         raise expected("points", "an array of shape (N, 2)", given.shape)
-    description = Source(
-        source, None if bands is None else tuple(bands), level, mpp, source_mpp, check_scale(scale)
-    )
-    plane = description.open()
+    dim = model.vit_up.config.dim
+    if features is None:
+        features = not (labels or scores or similar is not None or pca is not None)
+    answers = read_answers(dim, head, labels, scores, similar, None)
+    if isinstance(pca, int):
+        raise expected("--pca", "with points, the file pca.safetensors of an earlier run", pca)
+    basis = None if pca is None else read_basis(pca, dim)
+    answers = replace(answers, basis=basis, features="float32" if features else None)
+    if not answers.products(dim):
+        raise expected("what to write", "at least one of labels, scores, pca, similar and features", "none")
+    plane = described.open()
     try:
-        check_range(plane, scale)
+        wanted.check(plane, model)
         _check_points(given, plane)
-        window = check_window(max(model.hidden_layer_img_size) if window is None else window)
+        settings = wanted.settings(model, plane)
         size = (plane.height, plane.width)
         scaled = given / np.array(plane.downsample[::-1])
     finally:
         plane.reader.close()
-    batch = check_batch(batch, model)
+    window, batch = wanted.window_of(model), wanted.batch_of(model)
     order, origins, edges = group(scaled, size, window)
     home = output.with_name(output.name + ".vitup")
-    job = PointJob(description, window, scaled[order], origins, edges, home, batch, strict)
+    job = PointJob(described, window, scaled[order], origins, edges, answers, home, batch, wanted.strict)
     record = read_record(home / RECORD)
     if not record:
         for path in (output, home):
@@ -395,25 +391,12 @@ def upsample_points(
                 got = f"{brief(path, 500)}, which is something else"
                 raise expected("--output", "a new name", got, "Choose another.")
     notes = digest_input(source, record)
-    settings = {
-        "vitup_fast": __version__,
-        "input": notes.pop("input"),
+    settings |= {
+        "input": notes["input"],
         "points": digest_tensors([("points", torch.from_numpy(given))]),
-        "level": level,
-        "mpp": mpp,
-        "source_mpp": source_mpp,
-        "bands": bands if bands is None else list(bands),
-        "scale": scale if scale is None else list(scale),
-        "size": list(size),
-        "window": window,
-        "batch": batch,
-        "model": digest_tensors(model.state_dict().items()),
-        "mean": list(model.backbone.mean),
-        "std": list(model.backbone.std),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "hidden_layer_img_size": list(model.hidden_layer_img_size),
+        "products": [p.name for p in answers.products(dim)],
+        "answers": digest_tensors(answers.named_tensors()),
     }
-    notes["input"] = settings["input"]
     state = Progress(home)
     done = finished_before(home, settings, record)
     if done is not None:
@@ -424,19 +407,18 @@ def upsample_points(
     number, count = sharing.shard
     mine = every[len(every) * (number - 1) // count : len(every) * number // count]
     missing = [p for p in mine if not record or state.finished(part_name(p), home) is None]
-    dim = model.vit_up.config.dim
     windows = job.count_windows(missing)
     seconds = windows * _seconds_per_window(job, model) / sharing.workers if windows else 0.0
     memory = sharing.workers * job.batch * window**2 * 12 * 4 + given.nbytes * 3
-    estimate = Estimate(windows, seconds, 3 * len(given) * dim * 4, memory)
-    if announce is not None:
-        announce(estimate)
+    width = sum(p.channels or 1 for p in answers.products(dim))
+    estimate = Estimate(windows, seconds, 3 * len(given) * width * 4, memory)
+    wanted.announce(estimate)
     make_folder(home / PARTS)
     check_space(home, estimate)
     state.begin(settings, notes)
     started = time.monotonic()
     if missing:
-        compute(job, missing, model, sharing, progress)
+        compute(job, missing, model, sharing, wanted.progress)
     sidecars = [read_record(home / PARTS / f"{part_name(p)}.json") for p in every]
     faults = sorted({fault for s in sidecars if s for fault in s["faults"]})
     left = sum(not s for s in sidecars)
@@ -447,7 +429,7 @@ def upsample_points(
         done = finished_before(home, settings, record or state.record())
         if done is not None:
             return done._replace(windows=windows)
-        _write_table(output, job, given, order, dim)
+        _write_table(output, job, given, order, answers.products(dim))
         facts = {
             "settings": settings,
             "seconds": round(time.monotonic() - started, 1),
@@ -481,68 +463,132 @@ def _seconds_per_window(job: PointJob, model: Upsampler) -> float:
     usual = min(MOST_POINTS, math.ceil(len(job.points) / len(job.origins)))
     images = torch.zeros(job.batch, 3, job.window, job.window, dtype=torch.float32, device=model.device)
     coords = torch.full((job.batch, usual, 2), 0.5, dtype=torch.float32, device=model.device)
-    seconds = math.inf
+    answers, seconds = job.answers.to(model.device), math.inf
     with torch.no_grad():
         for _ in range(2):
             start = time.perf_counter()
-            model(images, coords).sum().item()
+            answers.of_windows(model, images, (usual, 1), coords).sum().item()
             seconds = min(seconds, time.perf_counter() - start)
     return seconds / job.batch
 
 
-def _write_table(output: Path, job: PointJob, points: np.ndarray, order: np.ndarray, dim: int) -> None:
-    """Bring features into the points' order, on disk, and write the table piece by piece."""
+class Table:
+    """Answers in the points' order, on disk.
+
+    Args:
+        points: (x, y) in pixels of level 0.  # [N, 2] float64
+        rows: all answers side by side.  # [N, channels] float32
+        products: which columns are what, in this order.
+    """
+
+    def __init__(self, points: np.ndarray, rows: np.ndarray, products: Sequence[Product]) -> None:
+        self.points, self.rows, self.products = points, rows, products
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def pieces(self) -> Iterator[slice]:
+        """Ranges of rows that memory holds."""
+        return (slice(first, first + ROWS) for first in range(0, len(self), ROWS))
+
+    def values(self, product: Product, rows: slice) -> np.ndarray:  # [n] or [n, C]
+        """Answers of some rows in their own dtype."""
+        first = sum(p.channels or 1 for p in self.products[: self.products.index(product)])
+        own = self.rows[rows, first : first + (product.channels or 1)]
+        return np.ascontiguousarray(own if product.channels else own[:, 0]).astype(product.dtype, copy=False)
+
+
+def _write_table(
+    output: Path, job: PointJob, points: np.ndarray, order: np.ndarray, products: Sequence[Product]
+) -> None:
+    """Bring answers into the points' order, on disk, and write the table piece by piece."""
     scratch = job.home / "ordered.part"
-    features = np.memmap(scratch, np.float32, "w+", shape=(len(points), dim))
+    width = sum(p.channels or 1 for p in products)
+    rows = np.memmap(scratch, np.float32, "w+", shape=(len(points), width))
     try:
         for part in job.parts:
             a, b = job.edges[part.first], job.edges[part.last]
-            features[order[a:b]] = np.load(job.file(part), mmap_mode="r")
-        write = {".parquet": _write_parquet, ".csv": _write_csv, ".safetensors": _write_safetensors}
-        write_atomically(output, lambda temporary: write[output.suffix](temporary, points, features))
+            rows[order[a:b]] = np.load(job.file(part), mmap_mode="r")
+        table = Table(points, rows, products)
+        writers = {
+            ".parquet": _write_parquet,
+            ".csv": _write_csv,
+            ".safetensors": _write_safetensors,
+            ".h5ad": _write_h5ad,
+        }
+        write_atomically(output, lambda temporary: writers[output.suffix](temporary, table))
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def _write_parquet(path: Path, points: np.ndarray, features: np.ndarray) -> None:
+def _write_parquet(path: Path, table: Table) -> None:
     pyarrow = require("pyarrow", "tables", "writing Parquet")
     parquet = require("pyarrow.parquet", "tables", "writing Parquet")
-    kind = pyarrow.list_(pyarrow.float32(), features.shape[1])
-    schema = pyarrow.schema([("x", pyarrow.float64()), ("y", pyarrow.float64()), ("features", kind)])
+    fields = [("x", pyarrow.float64()), ("y", pyarrow.float64())]
+    for p in table.products:
+        number = pyarrow.from_numpy_dtype(p.dtype)
+        fields.append((p.name, pyarrow.list_(number, p.channels) if p.channels else number))
+    schema = pyarrow.schema(fields)
     with parquet.ParquetWriter(path, schema) as writer:
-        for first in range(0, len(points), ROWS):
-            rows = slice(first, first + ROWS)
-            values = pyarrow.array(np.ascontiguousarray(features[rows]).reshape(-1))
-            lists = pyarrow.FixedSizeListArray.from_arrays(values, features.shape[1])
-            columns = [pyarrow.array(np.ascontiguousarray(points[rows, i])) for i in (0, 1)]
-            writer.write_batch(pyarrow.record_batch([*columns, lists], schema=schema))
+        for rows in table.pieces():
+            columns = [pyarrow.array(np.ascontiguousarray(table.points[rows, i])) for i in (0, 1)]
+            for p in table.products:
+                values = pyarrow.array(table.values(p, rows).reshape(-1))
+                lists = pyarrow.FixedSizeListArray.from_arrays
+                columns.append(lists(values, p.channels) if p.channels else values)
+            writer.write_batch(pyarrow.record_batch(columns, schema=schema))
 
 
-def _write_csv(path: Path, points: np.ndarray, features: np.ndarray) -> None:
+def _write_csv(path: Path, table: Table) -> None:
+    names = ["x", "y"]
+    for p in table.products:
+        prefix = "f" if p.name == "features" else f"{p.name}_"
+        names += [f"{prefix}{i}" for i in range(p.channels)] if p.channels else [p.name]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["x", "y", *(f"f{i}" for i in range(features.shape[1]))])
-        for first in range(0, len(points), ROWS):
-            rows = slice(first, first + ROWS)
-            for point, values in zip(points[rows].tolist(), features[rows], strict=True):
-                writer.writerow([*point, *map(str, values)])
+        writer.writerow(names)
+        for rows in table.pieces():
+            columns = [table.values(p, rows) for p in table.products]
+            for i, point in enumerate(table.points[rows].tolist()):
+                writer.writerow([*point, *(str(v) for column in columns for v in np.atleast_1d(column[i]))])
 
 
-def _write_safetensors(path: Path, points: np.ndarray, features: np.ndarray) -> None:
+_SAFETENSORS_DTYPES = {"float32": "F32", "uint8": "U8", "uint16": "U16"}
+
+
+def _write_safetensors(path: Path, table: Table) -> None:
     """Write the format by hand: its library holds all tensors in memory."""
-    split = points.nbytes
-    header = {
-        "points": {"dtype": "F64", "shape": list(points.shape), "data_offsets": [0, split]},
-        "features": {
-            "dtype": "F32",
-            "shape": list(features.shape),
-            "data_offsets": [split, split + features.nbytes],
-        },
-    }
+    header, end = {}, table.points.nbytes
+    header["points"] = {"dtype": "F64", "shape": list(table.points.shape), "data_offsets": [0, end]}
+    for p in table.products:
+        shape = [len(table), p.channels] if p.channels else [len(table)]
+        start, end = end, end + math.prod(shape) * np.dtype(p.dtype).itemsize
+        kind = _SAFETENSORS_DTYPES[p.dtype]
+        header[p.name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for array in (points, features):
-            for first in range(0, len(array), ROWS):
-                file.write(np.ascontiguousarray(array[first : first + ROWS]).tobytes())
+        file.write(table.points.tobytes())
+        for p in table.products:
+            for rows in table.pieces():
+                file.write(table.values(p, rows).tobytes())
+
+
+def _write_h5ad(path: Path, table: Table) -> None:
+    """Write AnnData; features are written from disk, the other answers are small."""
+    anndata = require("anndata", "anndata", "writing .h5ad")
+    pandas = require("pandas", "anndata", "writing .h5ad")
+    every = slice(0, len(table))
+    small = {p.name: table.values(p, every) for p in table.products if p.name != "features"}
+    features = [p for p in table.products if p.name == "features"]
+    obs = pandas.DataFrame(index=[str(i) for i in range(len(table))])
+    if "labels" in small:
+        obs["labels"] = pandas.Categorical(small.pop("labels").tolist())
+    spatial = {"spatial": table.points, **small}
+    # Features are the last of all answers.
+    x = np.asarray(table.rows)[:, -features[0].channels :] if features else None
+    # What pandas 3 takes text for is written if asked for only; before, there was nothing to ask.
+    known = hasattr(anndata.settings, "allow_write_nullable_strings")
+    with anndata.settings.override(allow_write_nullable_strings=True) if known else nullcontext():
+        anndata.AnnData(X=x, obs=obs, obsm=spatial).write_h5ad(path)

@@ -113,6 +113,102 @@ class Sharing:
     dask: str | None = None
 
 
+@dataclass(frozen=True)
+class Options:
+    """How an image is read, and who does the work: keyword arguments of :func:`upsample` and :func:`upsample_points`.
+
+    Attributes:
+        window: side of a window in pixels; None means the longer side of the model's ``hidden_layer_img_size``.
+        level: resolution to work at.
+        mpp: micrometres per pixel to work at, averaged from the nearest finer level.
+        source_mpp: micrometres per pixel of level 0, where the image does not say.
+        bands: one or three channels to read, from 1.
+        scale: values that are black and white; needed for all but 8 bits.
+        batch: windows computed at once; None means 8 on a GPU and 1 on a CPU.
+        strict: stop at a tile that cannot be decoded, instead of leaving it out.
+        workers: processes on this machine; with several GPUs each takes the next.
+        shard: number of this share and of all shares, from (1, N) to (N, N).
+        dask: address of a Dask scheduler that shares out the work instead.
+        announce: called with the estimate before anything is computed or written; what it raises ends the run.
+        progress: show a bar of windows on stderr.
+    """
+
+    window: int | None = None
+    level: int = 0
+    mpp: float | None = None
+    source_mpp: float | None = None
+    bands: Sequence[int] | None = None
+    scale: tuple[float, float] | None = None
+    batch: int | None = None
+    strict: bool = False
+    workers: int = 1
+    shard: tuple[int, int] = (1, 1)
+    dask: str | None = None
+    announce: Callable[[Estimate], object] = lambda estimate: None
+    progress: bool = False
+
+    def sharing(self) -> Sharing:
+        """Check who does the work."""
+        if self.workers < 1:
+            raise expected("--workers", "at least 1", self.workers)
+        if not (len(self.shard) == 2 and 1 <= self.shard[0] <= self.shard[1]):
+            raise expected("--shard", "I/N with I from 1 to N", f"{self.shard[0]}/{self.shard[-1]}")
+        if self.dask is not None and (self.workers > 1 or tuple(self.shard) != (1, 1)):
+            raise expected("--dask", "neither --workers nor --shard beside it", "both")
+        if self.dask is not None:
+            _dask_client(self.dask).close()  # a wrong address is told before anything is written
+        return Sharing(self.workers, tuple(self.shard), self.dask)
+
+    def source(self, path: str | os.PathLike[str]) -> Source:
+        """Say how an image is read."""
+        bands = None if self.bands is None else tuple(self.bands)
+        scale = self.scale
+        if scale is not None:
+            scale = low, high = tuple(float(v) for v in scale)
+            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                raise expected("--scale", "two finite numbers MIN < MAX", f"{low:g} {high:g}")
+        return Source(Path(path).absolute(), bands, self.level, self.mpp, self.source_mpp, scale)
+
+    def check(self, plane: Plane, model: Upsampler) -> None:
+        """Check what depends on the image and the model."""
+        reader = plane.reader
+        if self.scale is None and reader.dtype != np.uint8 and not reader.unit_range:
+            remedy = "Say which values are black and white."
+            raise expected("--scale", f"MIN MAX for {reader.dtype} pixels", None, remedy)
+        window = self.window_of(model)
+        if isinstance(window, bool) or not isinstance(window, int) or window < 16:
+            raise expected("--window", "at least 16 pixels", window)
+        if self.batch_of(model) < 1:
+            raise expected("--batch", "at least 1", self.batch)
+
+    def window_of(self, model: Upsampler) -> int:
+        """Side of a window."""
+        return max(model.hidden_layer_img_size) if self.window is None else self.window
+
+    def batch_of(self, model: Upsampler) -> int:
+        """Windows computed at once."""
+        return (8 if model.device.type == "cuda" else 1) if self.batch is None else self.batch
+
+    def settings(self, model: Upsampler, plane: Plane) -> dict[str, Any]:
+        """Return what of this, and of the model, determines a result."""
+        return {
+            "vitup_fast": __version__,
+            "level": self.level,
+            "mpp": self.mpp,
+            "source_mpp": self.source_mpp,
+            "bands": self.bands if self.bands is None else list(self.bands),
+            "scale": self.scale if self.scale is None else list(self.scale),
+            "size": [plane.height, plane.width],
+            "window": self.window_of(model),
+            "batch": self.batch_of(model),
+            "model": digest_tensors(model.state_dict().items()),
+            "mean": list(model.backbone.mean),
+            "std": list(model.backbone.std),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "hidden_layer_img_size": list(model.hidden_layer_img_size),
+        }
+
+
 def upsample(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -125,23 +221,11 @@ def upsample(
     similar: str | os.PathLike[str] | Tensor | None = None,
     features: str | None = None,
     stride: float | str | Fraction = 1,
-    window: int | None = None,
     overlap: float = 0.5,
-    level: int = 0,
-    mpp: float | None = None,
-    source_mpp: float | None = None,
-    bands: Sequence[int] | None = None,
-    scale: tuple[float, float] | None = None,
     mask: str | os.PathLike[str] | None = None,
     format: str = ".ome.zarr",
-    batch: int | None = None,
     max_memory: int = MAX_MEMORY,
-    strict: bool = False,
-    workers: int = 1,
-    shard: tuple[int, int] = (1, 1),
-    dask: str | None = None,
-    announce: Callable[[Estimate], object] | None = None,
-    progress: bool = False,
+    **options: Any,
 ) -> Summary:
     """Compute answers for every cell of an image of any size, and write them by region.
 
@@ -158,23 +242,11 @@ def upsample(
         similar: write the blended cosine to these vectors, a file or ``[Q, D]``.
         features: write blended features as "float16", or as "int8" with a float32 scale for each cell.
         stride: pixels between cells; fractions as 0.5 or "1/3".
-        window: side of a window in pixels; None means the longer side of the model's ``hidden_layer_img_size``.
         overlap: share of a window that the next one sees too, from 0 to 0.75; blended by raised cosines.
-        level: resolution to work at.
-        mpp: micrometres per pixel to work at, averaged from the nearest finer level.
-        source_mpp: micrometres per pixel of level 0, where the image does not say.
-        bands: one or three channels to read, from 1.
-        scale: values that are black and white; needed for all but 8 bits.
         mask: foreground, a file or "otsu"; see :func:`foreground`.
         format: suffix of the files in a folder.
-        batch: windows computed at once; None means 8 on a GPU and 1 on a CPU.
         max_memory: bytes of all workers' buffers, beside models and their passes.
-        strict: stop at a tile that cannot be decoded, instead of leaving it out.
-        workers: processes on this machine; with several GPUs each takes the next.
-        shard: number of this share and of all shares, from (1, N) to (N, N).
-        dask: address of a Dask scheduler that shares out the work instead.
-        announce: called with the estimate before anything is computed or written; what it raises ends the run.
-        progress: show a bar of windows on stderr.
+        options: those of :class:`Options`: how the image is read, and who does the work.
 
     Returns:
         What was done.
@@ -183,19 +255,16 @@ def upsample(
         InputError: an argument, a file or a disk that does not fit.
         MissingPackageError: an optional package is needed.
     """
-    sharing = check_sharing(workers, shard, dask)
-    source, output = Path(source).absolute(), Path(output).absolute()
-    settings_of_source = Source(
-        source, None if bands is None else tuple(bands), level, mpp, source_mpp, check_scale(scale)
-    )
-    plane = settings_of_source.open()
+    wanted = Options(**options)
+    sharing, described = wanted.sharing(), wanted.source(source)
+    source, output = described.path, Path(output).absolute()
+    plane = described.open()
     try:
-        check_range(plane, scale)
+        wanted.check(plane, model)
         size = (plane.height, plane.width)
         dim = model.vit_up.config.dim
-        answers = _answers(dim, head, labels, scores, similar, features)
+        answers = read_answers(dim, head, labels, scores, similar, features)
         found = None if mask is None else foreground(plane.reader, str(mask))
-        batch = check_batch(batch, model)
         components = pca if isinstance(pca, int) and not isinstance(pca, bool) else None
         if pca is not None and components is None:
             answers = replace(answers, basis=read_basis(pca, dim))
@@ -217,7 +286,7 @@ def upsample(
         begun = record.get("settings", {})
         grid = make_grid(
             size,
-            check_window(max(model.hidden_layer_img_size) if window is None else window),
+            wanted.window_of(model),
             _check_overlap(overlap),
             _check_stride(stride),
             planned.channels(dim),
@@ -230,36 +299,23 @@ def upsample(
         _check_home(output, home, targets, record)
         notes = digest_input(source, record)
         settings = {
-            "vitup_fast": __version__,
-            "input": notes.pop("input"),
-            "level": level,
-            "mpp": mpp,
-            "source_mpp": source_mpp,
-            "bands": bands if bands is None else list(bands),
-            "scale": scale if scale is None else list(scale),
+            **wanted.settings(model, plane),
+            "input": notes["input"],
             "mask": None if found is None else digest_tensors([("mask", torch.from_numpy(found))]),
-            "size": list(size),
-            "window": grid.window,
             "window step": grid.step,
             "stride": str(grid.stride),
             "block": grid.block,
             "chunk": grid.chunk,
-            "batch": batch,
             "products": [p.name for p in products],
             "format": sorted(format_of(t) or "" for t in targets.values()),
             "answers": digest_tensors(answers.named_tensors()),
             "features": features,
             "pca": components,
-            "model": digest_tensors(model.state_dict().items()),
-            "mean": list(model.backbone.mean),
-            "std": list(model.backbone.std),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "hidden_layer_img_size": list(model.hidden_layer_img_size),
         }
-        notes["input"] = settings["input"]
         state = Progress(home)
         root = home if home == output else output.parent
-        job = Job(settings_of_source, grid, planned, found, home, root, stores, batch, strict)
+        batch = wanted.batch_of(model)
+        job = Job(described, grid, planned, found, home, root, stores, batch, wanted.strict)
         done = finished_before(home, settings, record)
         if done is not None:
             return done
@@ -273,8 +329,7 @@ def upsample(
         if sharing.dask is not None:
             segments = grid.segments(missing, max(1, len(missing) // 2))
         estimate = _estimate(job, segments, model, sharing, targets, dim)
-        if announce is not None:
-            announce(estimate)
+        wanted.announce(estimate)
         make_folder(home / PARTS)
         check_space(home, estimate)
         if components is not None:
@@ -287,7 +342,7 @@ def upsample(
         store.array()
     started = time.monotonic()
     if segments:
-        compute(job, segments, model, sharing, progress)
+        compute(job, segments, model, sharing, wanted.progress)
     every = [(r, c) for r in range(grid.blocks[0]) for c in range(grid.blocks[1])]
     sidecars = [read_record(home / PARTS / f"{part_name(*block)}.json") for block in every]
     own = set(missing)
@@ -315,7 +370,7 @@ def upsample(
                 for name, path in targets.items()
             },
         }
-        draw_report(home / REPORT, settings_of_source, stores, grid)
+        draw_report(home / REPORT, described, stores, grid)
         write_json(home / SUMMARY, facts)
         for leftover in home.rglob(".vitup-*.part"):
             leftover.unlink(missing_ok=True)
@@ -325,7 +380,7 @@ def upsample(
     return Summary(dict(targets), tuple(faults), computed, 0)
 
 
-def _answers(
+def read_answers(
     dim: int,
     head: str | os.PathLike[str] | tuple[Tensor, Tensor | None] | None,
     labels: bool,
@@ -360,45 +415,6 @@ def _answers(
     return Answers(weight, bias, labels, scores, None, vectors, features)
 
 
-def check_sharing(workers: int, shard: tuple[int, int], dask: str | None) -> Sharing:
-    """Check who does the work."""
-    if workers < 1:
-        raise expected("--workers", "at least 1", workers)
-    if not (len(shard) == 2 and 1 <= shard[0] <= shard[1]):
-        raise expected("--shard", "I/N with I from 1 to N", f"{shard[0]}/{shard[-1]}")
-    if dask is not None and (workers > 1 or shard != (1, 1)):
-        raise expected("--dask", "neither --workers nor --shard beside it", "both")
-    if dask is not None:
-        _dask_client(dask).close()  # a wrong address is told before anything is written
-    return Sharing(workers, tuple(shard), dask)
-
-
-def check_scale(scale: tuple[float, float] | None) -> tuple[float, float] | None:
-    """Check the values that are black and white."""
-    if scale is None:
-        return None
-    low, high = (float(v) for v in scale)
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise expected("--scale", "two finite numbers MIN < MAX", f"{low:g} {high:g}")
-    return low, high
-
-
-def check_range(plane: Plane, scale: tuple[float, float] | None) -> None:
-    """Refuse values of which nobody said what black and white are."""
-    reader = plane.reader
-    if scale is None and reader.dtype != np.uint8 and not reader.unit_range:
-        raise expected(
-            "--scale", f"MIN MAX for {reader.dtype} pixels", None, "Say which values are black and white."
-        )
-
-
-def check_window(window: int) -> int:
-    """Check the side of a window."""
-    if isinstance(window, bool) or not isinstance(window, int) or window < 16:
-        raise expected("--window", "at least 16 pixels", window)
-    return window
-
-
 def _check_overlap(overlap: float) -> float:
     """Check the share that windows overlap by."""
     if not 0 <= overlap <= 0.75:
@@ -415,15 +431,6 @@ def _check_stride(stride: float | str | Fraction) -> Fraction:
     if found <= 0:
         raise expected("--stride", "more than 0 pixels", stride)
     return found
-
-
-def check_batch(batch: int | None, model: Upsampler) -> int:
-    """Choose how many windows are computed at once."""
-    if batch is None:
-        return 8 if model.device.type == "cuda" else 1
-    if batch < 1:
-        raise expected("--batch", "at least 1", batch)
-    return batch
 
 
 def _name_outputs(
