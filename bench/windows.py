@@ -176,7 +176,7 @@ def reports(options: argparse.Namespace) -> Iterator[Report]:
                     options.device,
                     dtype,
                     impls=options.impl,
-                    refused=refusals(options, None, dtype),
+                    refused=refusals(options, "network", dtype, config.dim),
                     compiled=options.compile,
                 )
                 yield measure(case, options.repeats, patience=options.seconds)
