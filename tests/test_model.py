@@ -565,6 +565,25 @@ def test_memory_stays_within_the_budget(dtype, megabytes, blocks, impl):
         assert peak(network.dense, size) <= budget
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+def test_adaptive_maps_stay_within_the_budget(dtype, impl):
+    config = ViTUpConfig(dim=192, num_heads=3, layer_indices=(0, 1))
+    generator = torch.Generator().manual_seed(0)
+    network = random_network(config, generator, dtype=dtype)
+    head = torch.randn(5, 192, generator=generator), None
+    size, spent = (96, 80), []
+    with torch.no_grad():
+        cache = network.prepare(*random_image(config, generator, token_grid=(6, 5), patch_grid=(6, 5)))
+        network(cache, random_coords(generator, 1, 1), impl=impl)  # packs the weights
+    labels = {"tolerance": 4.0, "head": head, "labels": True}
+    for megabytes, options in ((1, {"tolerance": 0.5}), (4, {"tolerance": 0.5}), (4, labels)):
+        options |= {"impl": impl, "max_memory": megabytes << 20, "report": spent.append}
+        peak = peak_memory(lambda options=options: network.dense(cache, size, **options))
+        assert peak <= megabytes << 20
+    assert max(report.share for report in spent) < 1
+
+
 # Errors
 
 

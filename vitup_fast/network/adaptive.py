@@ -26,6 +26,8 @@ DECAY = 0.76
 START_DENSITY = 1.5
 # Bytes for each cell of one image beside its answers: detail and error, a half step's positions and which are asked.
 CELL_BYTES = 24
+# Bytes for each row and column of the map: where the lattices of all levels have their points.
+LINE_BYTES = 600
 
 # Answers of all layers at cells of one image, counted row by row: [n] -> [n, E] each.
 Ask: TypeAlias = Callable[[Tensor], Sequence[Tensor]]
@@ -64,6 +66,12 @@ def check_tolerance(tolerance: object) -> float | None:
     if not is_number or not math.isfinite(tolerance) or tolerance < 0:
         raise expected("tolerance", "None or a finite number of at least 0", repr(tolerance))
     return float(tolerance)
+
+
+def held_bytes(size: tuple[int, int], score_bytes: int) -> int:
+    """Memory that filling a map takes beside its answers; ``score_bytes`` of it for the scores of each cell."""
+    H, W = size
+    return H * W * (CELL_BYTES + score_bytes) + (H + W) * LINE_BYTES
 
 
 class _Axis(NamedTuple):

@@ -17,7 +17,7 @@ from ..ops.implementations import resolve
 from ..walks import choose_walk
 from ..walks.plan import Budget, Spans, cut, total_memory
 from ..walks.walk import Chunk, Decoding, Settings, Walk, plain_modes
-from .adaptive import CELL_BYTES, AdaptiveReport, Refinement, check_tolerance
+from .adaptive import AdaptiveReport, Refinement, check_tolerance, held_bytes
 from .config import ViTUpConfig
 from .grid import SHARED_TABLE_ROWS, Grid, Queries, cell_centres
 from .image_cache import ImageCache
@@ -236,8 +236,8 @@ class ViTUp(nn.Module):
                 scores. 0.1 to 0.2 suit features, 0.5 to 2 labels; 0 computes every cell. An adaptive map has no
                 gradients.
             query_chunk_size: see :meth:`forward`.
-            max_memory: see :meth:`forward`; with a tolerance at least 24 bytes for every cell of one image, and the
-                scores of these where labels are asked for.
+            max_memory: see :meth:`forward`; with a tolerance some 24 bytes for every cell of one image, and the
+                scores of these where labels are asked for, are the least.
             impl: see :meth:`forward`.
             progress: called after every chunk with the number of grid cells done in it, for all images together.
             report: called at the end of an adaptive map with what it has cost and how far it may be off.
@@ -279,10 +279,9 @@ class ViTUp(nn.Module):
         budget, least_scratch = max_memory, self._least_scratch(walk)
         if tolerance:
             width = self._output_width(options)
-            per_query += 3 * width * wide.itemsize
+            per_query += 4 * width * wide.itemsize + 128
             if max_memory is not None:
-                scores_bytes = width * self.dtype.itemsize if labels else 0
-                map_bytes = H * W * (CELL_BYTES + scores_bytes)
+                map_bytes = held_bytes((H, W), width * self.dtype.itemsize if labels else 0)
                 least = map_bytes + per_query + least_scratch
                 if max_memory < least:
                     wanted = f"at least {least} bytes, the need of an adaptive map of {H} x {W} cells"
