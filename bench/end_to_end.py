@@ -417,6 +417,8 @@ class MemoryReport:
         cache: of this, the image cache.
         output: the pass's result.
         beyond_output: peak during the pass minus ``resident`` and ``output``.
+        first_pass: the same of the first pass in a process, which also brings program code into memory, starts threads
+            and keeps their scratch for later ones.
         goal: what ``beyond_output`` should not exceed.
     """
 
@@ -428,16 +430,21 @@ class MemoryReport:
     cache: int
     output: int
     beyond_output: int
+    first_pass: int
     goal: int = MEMORY_GOAL
 
     def table(self) -> str:
         """Lay the report out for a terminal."""
-        resident, weights, cache, output, beyond, goal = (
+        resident, weights, cache, output, beyond, first, goal = (
             f"{n / 1e6:.0f} MB"
-            for n in (self.resident, self.weights, self.cache, self.output, self.beyond_output, self.goal)
+            for n in (
+                *(self.resident, self.weights, self.cache, self.output),
+                *(self.beyond_output, self.first_pass, self.goal),
+            )
         )
         return (
-            f"{self.title}: peak memory beyond the output {beyond} (goal: at most {goal})\n"
+            f"{self.title}: peak memory beyond the output {beyond}, of the first pass in a process {first} "
+            f"(goal: at most {goal})\n"
             f"  {self.device}; before the pass {resident} (parameters {weights}, image cache {cache}, "
             f"and on the CPU packed weights and the process); output {output}"
         )
@@ -452,28 +459,34 @@ def resident_bytes(field: str) -> int:
 
 
 def dense_memory(config: ViTUpConfig, side: int, device: torch.device, dtype: torch.dtype) -> MemoryReport:
-    """Measure a dense pass of ``side`` x ``side`` queries in this process, which should be a fresh one.
+    """Measure dense passes of ``side`` x ``side`` queries, the first and a later one, in this process.
 
-    A pass over a single query comes first: it packs weights and starts threads, which later passes share.
+    It should be a fresh one. The image is prepared before, which packs the weights.
     """
     generator = torch.Generator().manual_seed(0)
     net = random_network(config, generator, dtype=dtype, device=device)
     hidden, grid = random_image(config, generator, dtype=dtype, device=device)
-    with torch.no_grad():
-        cache = net.prepare(hidden, grid)
-        del hidden, grid
-        net.dense(cache, (1, 1))
+
+    def measured_pass() -> tuple[int, int, int]:
+        """Bytes before a pass, of its output, and at its peak beyond both."""
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            output = net.dense(cache, (side, side))
+            output = net.dense(cache, (side, side)).nbytes
             peak = torch.cuda.max_memory_allocated(device)
         else:
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
             before = resident_bytes("VmRSS")
-            output = net.dense(cache, (side, side))
+            output = net.dense(cache, (side, side)).nbytes
             peak = resident_bytes("VmHWM")
+        return before, output, peak - before - output
+
+    with torch.no_grad():
+        cache = net.prepare(hidden, grid)
+        del hidden, grid
+        *_, first_pass = measured_pass()
+        before, output, beyond_output = measured_pass()
     return MemoryReport(
         title=f"ViT-Up D={config.dim}, dense {side} x {side}, {str(dtype).removeprefix('torch.')}",
         device=device_name(device),
@@ -481,8 +494,9 @@ def dense_memory(config: ViTUpConfig, side: int, device: torch.device, dtype: to
         resident=before,
         weights=sum(p.nbytes for p in net.parameters()),
         cache=cache.nbytes,
-        output=output.nbytes,
-        beyond_output=peak - before - output.nbytes,
+        output=output,
+        beyond_output=beyond_output,
+        first_pass=first_pass,
     )
 
 
@@ -513,13 +527,24 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = make_parser("Benchmark of the whole upsampler, on a grid and at scattered coordinates.", 448**2)
     parser.prog = prog or parser.prog
     add = parser.add_argument
-    parser.epilog = "vitup-fast bench windows: batches of windows, from bytes to scores."
+    parser.epilog = (
+        "vitup-fast bench windows: batches of windows, from bytes to scores. "
+        "vitup-fast bench images: preparing images, part by part."
+    )
     add("--dense", nargs="+", type=int, metavar="SIDE", help="grids of these sides instead of --queries")
     add("--sparse", nargs="+", type=int, metavar="N", help="these scattered queries instead of --queries")
     add(
         "--suite",
         action="store_true",
         help=f"--dense {' '.join(map(str, DENSE_SUITE))} --sparse {' '.join(map(str, SPARSE_SUITE))}",
+    )
+    add(
+        "--tokens",
+        nargs=2,
+        type=int,
+        default=TOKEN_GRID,
+        metavar=("h", "w"),
+        help="rows and columns of tokens (28 28)",
     )
     add("--autocast", action="store_true", help="float32 parameters, --dtype is the autocast type")
     add("--chunks", nargs="+", type=int, default=[], metavar="N", help="also try these chunk sizes")
@@ -536,6 +561,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         options.dtype = [dtype for dtype in options.dtype if dtype != torch.float32]
         if not options.dtype:
             raise expected("--autocast", "--dtype bfloat16 or float16", "float32 alone")
+    if min(options.tokens) < 1:
+        raise expected("--tokens", "two positive integers", options.tokens)
     reference.checkout()  # a wrong path is told before anything is computed
     if options.memory:
         return memory_main(options)
@@ -578,6 +605,8 @@ def reports(options: argparse.Namespace, sizes: Sequence[tuple[int, bool]]) -> I
                     prepared=options.prepared,
                     compiled=options.compile,
                     chunks=options.chunks,
+                    token_grid=tuple(options.tokens),
+                    patch_grid=tuple(config.patch_grid_density * n for n in options.tokens),
                 )
                 report = measure(case, options.repeats, patience=options.seconds)
                 del case  # its tensors, before the next case is set up

@@ -50,6 +50,8 @@ ERROR_LIMIT = 1.5
 COSINE_LIMITS = {"cpu_int8": 0.999}
 # A backward pass costs two matrix products for each of the forward pass; recomputation is not counted.
 BACKWARD_FACTOR = 3
+# A median of more than this many times the least time is marked.
+UNSTEADY = 1.3
 # Rounds that are measured however long they take.
 LEAST_ROUNDS = 3
 # Providers that are not this library's.
@@ -166,6 +168,7 @@ class Row:
         kept: on a GPU, bytes that the first run left allocated for later ones: folded weights, workspaces, graphs.
         seconds: median time of a run.
         fastest_seconds: least time of a run.
+        quartiles: times below which a quarter and three quarters of the runs lie.
         rate: units per second.
         speedup: how many times faster than the baseline, by medians.
         fraction_of_peak: least time of the work at the measured peaks, as a fraction of the median.
@@ -180,9 +183,15 @@ class Row:
     kept: int | None = None
     seconds: float | None = None
     fastest_seconds: float | None = None
+    quartiles: tuple[float, float] | None = None
     rate: float | None = None
     speedup: float | None = None
     fraction_of_peak: float | None = None
+
+    @property
+    def unsteady(self) -> bool:
+        """Whether the median says more about the machine's other work than about the provider."""
+        return self.seconds is not None and self.seconds > UNSTEADY * self.fastest_seconds
 
 
 @dataclass(frozen=True)
@@ -226,6 +235,7 @@ class Report:
             lines.append("  " + goal_line(goal))
         lines.append(
             f"  {'provider':<24}{'median ms':>10}{'goal ms' if with_goal else '':>{10 * with_goal}}{'min ms':>10}"
+            f"{'quartiles ms':>20}"
             f"{self.unit + '/s':>14}{'x ' + self.baseline:>{max(12, len(self.baseline) + 4)}}{'% of peak':>11}"
             f"{'MB beyond   MB kept' if with_memory else '':>{22 * with_memory}}{'error':>11}{'x eager':>9}"
         )
@@ -238,11 +248,15 @@ class Report:
             aim = f"{1e3 * goal.seconds:>10.2f}" if with_goal and ours else " " * 10 * with_goal
             memory = f"{row.memory / 1e6:>12.1f}{row.kept / 1e6:>10.1f}" if row.memory is not None else ""
             speedup = f"{row.speedup:.2f}" if row.speedup is not None else "-"
+            spread = " - ".join(f"{1e3 * quartile:.2f}" for quartile in row.quartiles)
             lines.append(
-                f"  {row.provider:<24}{1e3 * row.seconds:>10.2f}{aim}{1e3 * row.fastest_seconds:>10.2f}"
-                f"{row.rate:>14.0f}{speedup:>{max(12, len(self.baseline) + 4)}}"
+                f"  {row.provider:<24}{1e3 * row.seconds:>9.2f}{'!' if row.unsteady else ' '}{aim}"
+                f"{1e3 * row.fastest_seconds:>10.2f}{spread:>20}{row.rate:>14.0f}"
+                f"{speedup:>{max(12, len(self.baseline) + 4)}}"
                 f"{100 * row.fraction_of_peak:>11.1f}{memory}{accuracy}"
             )
+        if any(row.unsteady for row in self.rows):
+            lines.append(f"  ! median over {UNSTEADY} x minimum: the machine has other work")
         return "\n".join(lines)
 
 
@@ -481,6 +495,7 @@ def measure(
             row,
             seconds=seconds,
             fastest_seconds=min(times[row.provider]),
+            quartiles=quartiles(times[row.provider]),
             rate=case.count / seconds,
             speedup=None if baseline is None else baseline / seconds,
             fraction_of_peak=peaks.least_seconds(case.work) / seconds,
@@ -502,6 +517,14 @@ def measure(
         goal=case.goal,
         rows=[timed(row) for row in judged],
     )
+
+
+def quartiles(times: Sequence[float]) -> tuple[float, float]:
+    """Times below which a quarter and three quarters of the runs lie, interpolated between them."""
+    if len(times) == 1:
+        return times[0], times[0]
+    first, _, third = statistics.quantiles(times, n=4, method="inclusive")
+    return first, third
 
 
 def versions() -> dict[str, str]:
@@ -557,6 +580,9 @@ def make_parser(description: str, gpu_queries: int = 50176) -> argparse.Argument
         default=[PRESETS[0]],
         help="sizes (default: S+)",
     )
+    add("--dim", type=int, metavar="D", help="another width than the preset's")
+    add("--heads", type=int, metavar="N", help="as many heads (default: of 64 channels each, with --dim)")
+    add("--depths", nargs="+", type=int, metavar="I", help="other depths than the preset's, ascending from 0")
     add(
         "--queries",
         type=int,
@@ -597,7 +623,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     options = parser.parse_args(argv)
     options.device = check_device(options.device)
     options.dtype = [DTYPES[name] for name in options.dtype]
-    options.configs = {name: ViTUpConfig.preset(name) for name in options.preset}
+    options.configs = {name: configuration(name, options) for name in options.preset}
     options.impl = check_implementations(options.impl, options.device)
     options.failed = failed_checks(options.correctness)
     if options.queries is None:
@@ -615,6 +641,23 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     if options.roofline is not None:  # better told now than after the measurement
         require("matplotlib", "bench", "--roofline")
     return options
+
+
+def configuration(preset: str, options: argparse.Namespace) -> ViTUpConfig:
+    """Sizes of a preset, with what ``--dim``, ``--heads`` and ``--depths`` say instead.
+
+    Raises:
+        InputError: sizes that do not fit each other.
+    """
+    config = ViTUpConfig.preset(preset)
+    if options.dim is None and options.heads is None and options.depths is None:
+        return config
+    heads = config.num_heads if options.dim is None else max(1, options.dim // 64)
+    return ViTUpConfig(
+        dim=config.dim if options.dim is None else options.dim,
+        num_heads=heads if options.heads is None else options.heads,
+        layer_indices=config.layer_indices if options.depths is None else options.depths,
+    )
 
 
 def check_implementations(names: Sequence[str] | None, device: torch.device) -> list[str]:

@@ -47,7 +47,7 @@ from vitup_fast.bench.harness import (
     write_json,
 )
 
-from vitup_fast import InputError, ViTUp, ViTUpConfig
+from vitup_fast import InputError, ViTUp, ViTUpConfig, cli
 from vitup_fast.testing import OPERATIONS
 
 CPU = torch.device("cpu")
@@ -122,6 +122,13 @@ def test_figures_follow_from_the_times(fake_probes):
     assert report.peaks == Peaks(FAKE_PRODUCT / 1.0, "torch.mm", FAKE_COPY / 0.5)
     assert (eager.seconds, eager.fastest_seconds, eager.speedup) == (7.0, 6.0, 1.0)
     assert (fast.seconds, fast.fastest_seconds) == (3.0, 2.0)
+    assert (eager.quartiles, fast.quartiles) == ((6.5, 7.5), (2.5, 3.5))
+    assert (eager.unsteady, fast.unsteady) == (False, True)
+    lines = {line.split()[0]: line for line in report.table().splitlines()}
+    assert "7000.00 " in lines["eager"]
+    assert "3000.00!" in lines["fast"]
+    assert "2500.00 - 3500.00" in lines["fast"]
+    assert "median over 1.3 x minimum" in lines["!"]
     assert fast.rate == pytest.approx(100 / 3)
     assert fast.speedup == pytest.approx(7 / 3)
     assert fast.fraction_of_peak == pytest.approx(1 / 3)  # the product needs 1 s, the copy 0.5 s
@@ -361,7 +368,7 @@ def test_network_command_writes_the_promised_fields(fake_probes, tmp_path, capsy
     for row in dense["rows"]:
         assert set(row) == {
             *("provider", "error", "error_ratio", "accurate", "failure", "memory", "kept"),
-            *("seconds", "fastest_seconds", "rate", "speedup", "fraction_of_peak"),
+            *("seconds", "fastest_seconds", "quartiles", "rate", "speedup", "fraction_of_peak"),
         }
     assert "torch" in capsys.readouterr().out
 
@@ -383,10 +390,11 @@ def test_grid_coords_are_cell_centres():
 
 
 def test_memory_of_a_dense_pass():
-    report = end_to_end.dense_memory_apart(ViTUpConfig.preset("tiny"), 300, CPU, torch.float32)
-    assert report.output == 300 * 300 * 64 * 4
+    report = end_to_end.dense_memory_apart(ViTUpConfig.preset("tiny"), 160, CPU, torch.float32)
+    assert report.output == 160 * 160 * 64 * 4
     assert 0 < report.weights < report.resident
     assert 0 < report.beyond_output < report.goal
+    assert report.beyond_output < report.first_pass < report.goal
     assert "beyond the output" in report.table()
 
 
@@ -804,3 +812,35 @@ def test_peaks_are_written_with_what_they_depend_on(fake_probes, monkeypatch, tm
     assert found["versions"]["torch"] == torch.__version__
     assert {"torch", "reference"} <= {impl["name"] for impl in found["implementations"]}
     assert "float32" in capsys.readouterr().out
+
+
+def test_images_are_timed_part_by_part(tmp_path, capsys):
+    pytest.importorskip("timm")
+    path = tmp_path / "images.json"
+    arguments = ["images", "--preset", "tiny", "--dtype", "float32", "--repeats", "1", "--json", str(path)]
+    assert cli.main(["bench", *arguments, "--image-size", "50", "40"]) == 0
+    reports = json.loads(path.read_text())
+    parts = ["Backbone", "Fine patch grid of 32 x 32", "Keys, values and tokens"]
+    assert [r["title"].partition(",")[0] for r in reports[:2]] == parts[:2]
+    assert reports[2]["title"].startswith(parts[2])
+    assert len(reports) == 3
+    assert "50 x 40 pixels" in reports[0]["title"]
+    assert [row["provider"] for row in reports[1]["rows"]] == ["eager", "library", "library, 100 points"]
+    assert all(row["seconds"] > 0 for report in reports for row in report["rows"])
+    assert "quartiles ms" in capsys.readouterr().out
+    for wrong in (["--image-size", "3"], ["--backward"], ["--dim", "64"]):
+        assert cli.main(["bench", *arguments[:-2], *wrong]) == 2
+
+
+def test_any_configuration_is_measured(tmp_path):
+    path = tmp_path / "own.json"
+    sizes = ["--dim", "128", "--heads", "4", "--depths", "0", "2", "5", "--tokens", "3", "5", "--dense", "4"]
+    options = ["--dtype", "float32", "--impl", "torch", "--no-compile", "--repeats", "1", "--json", str(path)]
+    assert cli.main(["bench", *sizes, *options]) == 0
+    (report,) = json.loads(path.read_text())
+    assert report["title"] == "ViT-Up D=128, grid 4 x 4"
+    config = ViTUpConfig(dim=128, num_heads=4, layer_indices=(0, 2, 5))
+    flops = end_to_end.least_work(config, 15, 16, position_mlp=False).flops
+    assert report["work"]["flops"] == flops
+    assert cli.main(["bench", "--heads", "5"]) == 2
+    assert cli.main(["bench", "--tokens", "0", "5"]) == 2

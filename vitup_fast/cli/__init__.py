@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import InputError, MissingPackageError
-from . import bench, eval, giga, info, train, tune, upsample
+from . import bench, eval, export, giga, info, train, tune, upsample
 from .guards import enough_memory
 from .upsample import SOME_FAILED as SOME_FAILED
 
@@ -70,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = _Parser(prog="vitup-fast", description="Vision transformer features at any image coordinate.")
     parser.add_argument("--version", action="version", version=f"vitup-fast {__version__}")
-    names = "{upsample,giga,train,eval,info,bench,tune}"
+    names = "{upsample,giga,train,eval,export,info,bench,tune}"
     commands = parser.add_subparsers(required=True, metavar=names, parser_class=_Parser)
-    for command in (upsample, giga, train, eval, info, bench, tune):
+    for command in (upsample, giga, train, eval, export, info, bench, tune):
         command.add_parser(commands)
     return parser

@@ -15,9 +15,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the benchmark, of windows if they are named first; return its exit code."""
-    if arguments[:1] == ["windows"]:
-        name, prog, arguments = "windows", "vitup-fast bench windows", arguments[1:]
+    """Run the benchmark, of windows or images if they are named first; return its exit code."""
+    if arguments[:1] in (["windows"], ["images"]):
+        name, arguments = arguments[0], arguments[1:]
+        prog = f"vitup-fast bench {name}"
     else:
         name, prog = "end_to_end", "vitup-fast bench"
     benchmark = require(f"vitup_fast.bench.{name}", "dev", "the benchmark")
