@@ -28,7 +28,7 @@ from torch import Tensor
 from vitup_fast.bench.command import check_writable, write_text
 from vitup_fast.bench.roofline import draw
 
-from vitup_fast import ViTUpConfig, __version__
+from vitup_fast import ViTUpConfig, __version__, extension
 from vitup_fast.errors import expected, require
 from vitup_fast.ops import implementations
 from vitup_fast.ops.implementations import interpreted
@@ -80,8 +80,8 @@ class Peaks:
     """What the machine reached in the same run.
 
     Attributes:
-        matrix: rate of the fastest matrix product in FLOP/s.
-        matrix_probe: which call that was.
+        matrix: rate of the fastest matrix product, on a CPU or of multiply-adds alone, in FLOP/s.
+        matrix_probe: which of these that was.
         copy: rate of a memory copy in bytes/s, read plus written.
         l2: the same of copies that stay in a GPU's L2 cache; None on the CPU.
     """
@@ -339,15 +339,18 @@ def interleave(
     return times
 
 
-def peak_probes(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Run, Work]]:
-    """Return runs that show what the machine can do, with their work: products in ``dtype``, and copies."""
+def peak_probes(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object], Work]]:
+    """Return runs that show what the machine can do, with their work: products in ``dtype``, and copies.
+
+    On a CPU the compiled kernels' multiply-adds too, which wait for no memory: no product can be faster.
+    """
     size, copied = (8192, 1 << 29) if device.type == "cuda" else (2048, 1 << 27)
     x, weight = torch.randn(2, size, size, dtype=torch.float32, device=device).to(dtype).unbind()
     packed, transposed = pack(weight), weight.t()
     source = torch.zeros(copied, dtype=torch.int8, device=device)
     target = torch.zeros_like(source)
     product = Work(flops=2 * size**3)
-    probes: dict[str, tuple[Run, Work]] = {
+    probes: dict[str, tuple[Callable[[], object], Work]] = {
         "torch.mm": (lambda: torch.mm(x, transposed), product),
         "F.linear": (lambda: F.linear(x, weight), product),
         "memory copy": (lambda: target.copy_(source), Work(0, 2 * copied)),
@@ -356,7 +359,19 @@ def peak_probes(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Run
         probes["oneDNN, packed"] = (lambda: linear(x, packed, None), product)
     if device.type == "cuda":
         probes["L2 copy"] = l2_probe(device)
+    elif extension.obstacle("cpu") is None:
+        probes["multiply-adds"] = multiply_adds_probe(dtype)
     return probes
+
+
+def multiply_adds_probe(dtype: torch.dtype, *, int8: bool = False) -> tuple[Callable[[], float], Work]:
+    """Multiply-adds of the compiled kernels on operands that stay in registers, on every thread of PyTorch."""
+    cpu, name = extension.load().cpu, str(dtype).removeprefix("torch.")
+
+    def run(rounds: int = 1 << 19) -> float:
+        return cpu.multiply_adds(name, int8, rounds, threads=torch.get_num_threads())
+
+    return run, Work(flops=(1 << 19) * run(1))
 
 
 def l2_probe(device: torch.device, copies: int = 64) -> tuple[Run, Work]:
@@ -378,7 +393,7 @@ def l2_probe(device: torch.device, copies: int = 64) -> tuple[Run, Work]:
     return replay, Work(0, 2 * source.nbytes * copies)
 
 
-def peaks_of(probes: Mapping[str, tuple[Run, Work]], fastest: Mapping[str, float]) -> Peaks:
+def peaks_of(probes: Mapping[str, tuple[object, Work]], fastest: Mapping[str, float]) -> Peaks:
     """Turn the least seconds of every probe into peaks."""
     rates = {n: work.flops / fastest[n] for n, (_, work) in probes.items() if work.flops}
     best = max(rates, key=rates.__getitem__)

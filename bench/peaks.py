@@ -1,4 +1,4 @@
-"""What the machine can do: matrix products and copies in one run, beside versions and implementations.
+"""What the machine can do: products, multiply-adds and copies in one run, beside versions and implementations.
 
 ``python -m vitup_fast.bench.peaks --device cuda --json peaks.json``
 """
@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from vitup_fast.bench.command import check_writable, exit_code
 from vitup_fast.bench.harness import (
     DTYPES,
+    Work,
     check_device,
     device_name,
     interleave,
+    multiply_adds_probe,
     peak_probes,
     peaks_of,
     stopwatch_for,
@@ -26,6 +29,13 @@ from vitup_fast.bench.harness import (
 
 from vitup_fast.errors import expected
 from vitup_fast.ops import implementations
+
+
+def rates_of(
+    probes: Mapping[str, tuple[object, Work]], times: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
+    """FLOP/s of every probe of products in its fastest run."""
+    return {name: work.flops / min(times[name]) for name, (_, work) in probes.items() if work.flops}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,12 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         probes = peak_probes(device, DTYPES[name])
         times = interleave({n: run for n, (run, _) in probes.items()}, stopwatch_for(device), options.repeats)
         found[name] = peaks = peaks_of(probes, {n: min(seconds) for n, seconds in times.items()})
+        rates = (f"{probe} {rate / 1e12:.3g}" for probe, rate in rates_of(probes, times).items())
         l2 = "" if peaks.l2 is None else f", within L2 {peaks.l2 / 1e9:.0f} GB/s"
         print(
-            f"{device_name(device)}, {name}: {peaks.matrix / 1e12:.2f} TFLOP/s ({peaks.matrix_probe}), "
-            f"copy {peaks.copy / 1e9:.1f} GB/s{l2}",
+            f"{device_name(device)}, {name}, TFLOP/s: {', '.join(rates)}; copy {peaks.copy / 1e9:.1f} GB/s{l2}",
             flush=True,
         )
+    if device.type == "cpu" and any(impl.name == "cpu_int8" and impl.available for impl in implementations()):
+        probes = {"multiply-adds": multiply_adds_probe(torch.float32, int8=True)}
+        times = interleave({n: run for n, (run, _) in probes.items()}, stopwatch_for(device), options.repeats)
+        rate = rates_of(probes, times)["multiply-adds"]
+        print(f"{device_name(device)}, 8-bit integers, TOP/s: multiply-adds {rate / 1e12:.3g}", flush=True)
     if options.json is not None:
         content = {
             "device": device_name(device),

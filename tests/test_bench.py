@@ -262,6 +262,9 @@ def test_peak_probes_run(monkeypatch, dtype):
     monkeypatch.setattr("torch.zeros", lambda size, **kwargs: zeros(64, **kwargs))
     probes = peak_probes(CPU, dtype)
     assert {"torch.mm", "F.linear", "memory copy"} <= set(probes)
+    assert ("multiply-adds" in probes) == any(
+        i.name == "cpu" and i.available for i in harness.implementations()
+    )
     for run, _ in probes.values():
         run()
     found = harness.peaks_of(probes, dict.fromkeys(probes, 0.5))

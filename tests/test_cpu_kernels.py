@@ -393,6 +393,22 @@ def test_instruction_sets_agree():
         torch.testing.assert_close(outputs[name], outputs[BEST], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_multiply_adds_count_what_they_do(instruction_set, dtype):
+    name = str(dtype).removeprefix("torch.")
+    once = KERNELS.multiply_adds(name, False, 1, threads=1)
+    assert once >= 2 * 4 * 8  # a multiplication and an addition in four lanes of eight registers
+    assert KERNELS.multiply_adds(name, False, 1000, threads=2) == 2000 * once
+    assert KERNELS.multiply_adds(name, False, 0, threads=1) == 0
+
+
+@needs_int8
+def test_narrow_multiply_adds_do_more_at_once():
+    words = KERNELS.multiply_adds("float32", False, 1, threads=1)
+    assert KERNELS.multiply_adds("bfloat16", False, 1, threads=1) == 2 * words
+    assert KERNELS.multiply_adds("float32", True, 1, threads=1) == 4 * words
+
+
 def test_unknown_instruction_set():
     with pytest.raises(ValueError, match=r"instruction_set: expected one of .*, got 'mmx'"):
         KERNELS.use_instruction_set("mmx")

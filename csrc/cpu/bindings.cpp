@@ -272,6 +272,15 @@ void bind_cpu(py::module_ m) {
     return kernels().film_mlp_backward_scratch_bytes(width, tile_rows);
   });
   m.def(
+      "multiply_adds",
+      [](const std::string& dtype, bool int8, int64_t count, int64_t threads) {
+        return kernels().multiply_adds(dtype_named(dtype), int8 ? Precision::int8 : Precision::native, {threads, run_parallel},
+                                       count);
+      },
+      py::arg("dtype"), py::arg("int8"), py::arg("count"), py::kw_only(), py::arg("threads"), release,
+      "Run `count` rounds of the kernels' multiply-adds on every thread, with operands that stay in registers, and return the "
+      "number of multiplications and additions.");
+  m.def(
       "fingerprint",
       [](const std::vector<Address>& addresses, const std::vector<int64_t>& sizes, int64_t stride, int64_t threads) {
         if (addresses.size() != sizes.size()) throw std::invalid_argument("sizes_in_bytes: expected one for each address");

@@ -21,6 +21,7 @@ namespace {
 // Needs tiles and threads.
 #include "coordinates.h"
 #include "fingerprint.h"
+#include "multiply_adds.h"
 #include "packing.h"
 // Needs coordinates.
 #include "bilinear_sample.h"
@@ -207,6 +208,14 @@ int64_t film_mlp_backward_scratch_of(int64_t width, int64_t rows) {
   return round_up(rows * (wide + chunk) + 32 * (width + 256), 4096);
 }
 
+double multiply_adds_of(Dtype dtype, Precision precision, const Parallel& parallel, int64_t count) {
+  double operations = 0.0;
+  for_operand(dtype, precision, [&](auto, auto operand) {
+    operations = multiply_adds<typename decltype(operand)::type>(parallel, count);
+  });
+  return operations;
+}
+
 }  // namespace
 
 #define VITUP_JOIN(a, b) a##b
@@ -234,6 +243,7 @@ const Kernels VITUP_TABLE(VITUP_ISA) = {
     film_mlp_backward_of,
     film_mlp_backward_scratch_of,
     fingerprint,
+    multiply_adds_of,
 };
 
 }  // namespace vitup_fast::cpu

@@ -256,6 +256,7 @@ struct Kernels {
   void (*film_mlp_backward)(const Common& common, const FilmMlpBackward& a);
   int64_t (*film_mlp_backward_scratch_bytes)(int64_t width, int64_t tile_rows);
   uint64_t (*fingerprint)(const Fingerprint& a);
+  double (*multiply_adds)(Dtype dtype, Precision precision, const Parallel& parallel, int64_t count);
 };
 
 }  // namespace vitup_fast::cpu
