@@ -48,7 +48,6 @@ inline void pack_tile(const Rows<Operand>& rows, int64_t column, int64_t count, 
 
 template <class T, class C, class Operand>
 inline void attention_backward(const Common& common, const AttentionBackward& a) {
-  constexpr bool PRECISE = sizeof(T) == 4;
   const int64_t D = a.D, d = D / a.heads, all_tokens = a.token_h * a.token_w, groups = (a.N + QUERY_GROUP - 1) / QUERY_GROUP;
   const float scale = 1.0f / __builtin_sqrtf((float)d), ln_2 = 0.693147181f;
   for_each(common.parallel, a.G * a.B * a.heads, [&](int64_t task, int64_t thread) {
@@ -119,7 +118,7 @@ inline void attention_backward(const Common& common, const AttentionBackward& a)
           const float* p = probability + t * QUERY_GROUP;
           const float* g = grad_score + t * QUERY_GROUP;
           for (int64_t j = 0; j < width; j += LANES) {
-            const Floats value = exp2<PRECISE>(load(p + j) - load(log2_sum + j));
+            const Floats value = exp2<T>(load(p + j) - load(log2_sum + j));
             store_operands(probability_rows, t, j, value);
             store_operands(grad_score_rows, t, j, value * (load(g + j) - load(delta + j)));
           }

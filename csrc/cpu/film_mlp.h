@@ -33,7 +33,6 @@ struct KeptFilm {
 // m [rows, D] of queries with gamma and beta computed from their coordinates.
 template <class T, class C, class Operand>
 inline void modulate_at(const FilmMlp& a, int64_t image, int64_t begin, int64_t rows, Scratch scratch, float* m) {
-  constexpr bool PRECISE = sizeof(T) == 4;
   const int64_t padded = round_up(2 + 4 * a.bands, 16), first = (image * a.N + begin) * a.D;
   const KeptFilm<T> kept(a.kept, a.B * a.N, a.mlp.first.n, a.D);
   float* code = scratch.take<float>(padded);
@@ -43,17 +42,15 @@ inline void modulate_at(const FilmMlp& a, int64_t image, int64_t begin, int64_t 
     const auto nearest = nearest_token((const C*)a.coords.xy + 2 * (image * a.N + begin + r), a.token_h, a.token_w);
     tokens[r] = nearest.token;
     position_code(nearest.x, nearest.y, a.freqs, a.bands, code, padded);
-    encode(codes, r, 0, code, padded);
+    encode(codes, r, padded, [&](int64_t i) { return load(code + i); });
   }
   const Rows<Operand> hidden = Rows<Operand>::take(scratch, rows, a.D);
   multiply(codes, rows, a.position.words, a.D, a.position.k, 0, a.D, 0, a.position.k, m, a.D, false);
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < a.D; i += LANES) {
-      const Floats preactivation = load(m + r * a.D + i) + load(a.position.bias + i);
-      if (a.kept) store(kept.position + first + r * a.D + i, preactivation);
-      store(m + r * a.D + i, gelu<PRECISE>(preactivation));
-    }
-    encode(hidden, r, 0, m + r * a.D, a.D);
+    const auto value = [&](int64_t i) { return load(m + r * a.D + i) + load(a.position.bias + i); };
+    if (a.kept)
+      for (int64_t i = 0; i < a.D; i += LANES) store(kept.position + first + r * a.D + i, value(i));
+    encode(hidden, r, a.D, value, [](auto x) { return gelu<T>(x); });
   }
   float* gamma = scratch.take<float>(rows * PANEL);
   float* beta = scratch.take<float>(rows * PANEL);
@@ -102,23 +99,22 @@ inline void film_mlp(const Common& common, const FilmMlp& a) {
       modulate_at<T, C, Native>(a, image, begin, rows, scratch, m);
     else
       modulate_from_table<T>(a, image, begin, rows, m);
-    for (int64_t r = 0; r < rows; ++r) {
-      layer_norm(m + r * D, a.mlp.norm, D, m + r * D);
-      encode(normed, r, 0, m + r * D, D);
-    }
+    encode_normed(normed, rows, m, a.mlp.norm, D, m, scratch);
     const int64_t E = a.mlp.first.n, first = image * a.N + begin;
     const KeptFilm<T> kept(a.kept, a.B * a.N, E, D);
     two_layers(normed, rows, a.mlp.first, a.mlp.second, scratch, m, D, a.kept ? kept.preactivation + first * E : nullptr);
     const T* x = (const T*)a.x + first * D;
     T* out = (T*)a.out + first * D;
+    const auto local_of = [&, bias = a.mlp.second.bias](int64_t r) {
+      return [bias, row = m + r * D](int64_t i) { return load(row + i) + load(bias + i); };
+    };
+    const LayerNorm* norms = layer_norms(rows, a.out_norm, D, scratch, local_of);
     for (int64_t r = 0; r < rows; ++r) {
-      float* local = m + r * D;
-      for (int64_t i = 0; i < D; i += LANES) {
-        store(local + i, load(local + i) + load(a.mlp.second.bias + i));
-        if (a.kept) store(kept.local + (first + r) * D + i, load(local + i));
-      }
-      layer_norm(local, a.out_norm, D, local);
-      for (int64_t i = 0; i < D; i += LANES) store(out + r * D + i, load(x + r * D + i) + load(local + i));
+      const auto local = local_of(r);
+      const LayerNorm norm = norms[r];
+      if (a.kept)
+        for (int64_t i = 0; i < D; i += LANES) store(kept.local + (first + r) * D + i, local(i));
+      for (int64_t i = 0; i < D; i += LANES) store(out + r * D + i, load(x + r * D + i) + norm(local(i), i));
     }
   });
 }
@@ -189,7 +185,7 @@ inline void film_mlp_backward(const Common& common, const FilmMlpBackward& a) {
       const float local_rstd = centre(local, a.out_norm, D, local);
       widen((const T*)a.grad + at, D, row);
       layer_norm_backward(row, local, local_rstd, a.out_norm, D, grad_out_norm, grad_out_norm + D, row);
-      encode(grads, r, 0, row, D);
+      encode(grads, r, D, [&](int64_t i) { return load(row + i); });
       for (int64_t i = 0; i < D; i += LANES) store((T*)a.grad_local + at + i, load(row + i));
       if (a.grad_x) __builtin_memcpy((T*)a.grad_x + at, (const T*)a.grad + at, D * sizeof(T));
       rstd[r] = centre(centred + r * D, a.norm, D, centred + r * D);
@@ -209,7 +205,7 @@ inline void film_mlp_backward(const Common& common, const FilmMlpBackward& a) {
         store(row + i, g * load(token + i));
       }
       for (int64_t i = 0; i < 2 * D; i += LANES) store((T*)a.grad_gamma_beta + (first + r) * 2 * D + i, load(row + i));
-      encode(grads, r, 0, row, 2 * D);
+      encode(grads, r, 2 * D, [&](int64_t i) { return load(row + i); });
     }
     if (a.coords.xy)
       two_layers_backward(grads, rows, kept.position + first * D, a.position_second_transposed, a.position_first_transposed, scratch,

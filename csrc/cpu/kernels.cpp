@@ -1,6 +1,8 @@
 // All CPU kernels for one instruction set, VITUP_ISA: compiled once for each, with its flags, and picked at run time.
 #include "kernels.h"
 
+#include <type_traits>
+
 #if defined(__x86_64__)
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -99,7 +101,7 @@ void pack_matrices(const Pack& a) {
 int64_t scratch_bytes_of(int64_t width, int64_t rows) {
   const int64_t wide = 4 * (width + 32) * 4;  // state, operands, and two more of their size, rounded up
   const int64_t chunk = 4 * HIDDEN_CHUNK * 3 + 4 * PANEL * 2 + 64;
-  return round_up(rows * (wide + chunk) + QUERY_BLOCK * KEY_BLOCK * 8 + 16 * (width + 256), 4096);
+  return round_up(rows * (wide + chunk) + QUERY_BLOCK * KEY_BLOCK * 4 + 16 * (width + 256), 4096);
 }
 
 void bilinear_sample_of(const Common& common, const BilinearSample& a) {

@@ -10,7 +10,6 @@ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct Float32 {
   using Accumulator = Floats;
-  using Number = float;
   static constexpr int PER_WORD = 1;
   // Partial sums over so many of `count` words keep the rounding error below that of one long sum.
   static int64_t block_words(int64_t count) { return smaller(64, larger(16, count / 4)); }
@@ -20,7 +19,6 @@ struct Float32 {
 #if defined(__AVX512BF16__)
 struct BFloat16 {
   using Accumulator = Floats;
-  using Number = float;
   static constexpr int PER_WORD = 2;
   static int64_t block_words(int64_t count) { return count; }
   static Floats multiply_add(Floats sum, Ints a, Ints b) {
@@ -34,7 +32,6 @@ using BFloat16 = Float32;
 #if defined(__AVX512VNNI__)
 struct Int8 {  // A unsigned, B signed
   using Accumulator = Ints;
-  using Number = int32_t;
   static constexpr int PER_WORD = 4;
   static int64_t block_words(int64_t count) { return count; }
   static Ints multiply_add(Ints sum, Ints a, Ints b) {
@@ -69,13 +66,24 @@ inline int64_t packed_words(int64_t n, int64_t k) {
   return round_up(n, LANES) * word_count<Operand>(k);
 }
 
+// What becomes of sums: finish(row, column, sums of a vector of columns, whether to add them to what there is).
+struct Write {
+  float* to;
+  int64_t stride;
+  template <class Adds>
+  [[gnu::always_inline]] void operator()(int64_t row, int64_t column, Floats sums, Adds adds) const {
+    float* at = to + row * stride + column;
+    store(at, adds() ? sums + load(at) : sums);
+  }
+};
+
 // ROWS x VECTORS accumulators stay in registers over the whole sum. BY_WORDS: A lies as [count, rows], not [rows, count].
-template <class Operand, int ROWS, int VECTORS, bool BY_WORDS>
-inline void multiply_block(const int32_t* a, int64_t a_stride, const int32_t* b, int64_t count,
-                           typename Operand::Number* c, int64_t c_stride, bool accumulate) {
+template <class Operand, int ROWS, int VECTORS, bool BY_WORDS, class Finish>
+inline void multiply_block(const int32_t* a, int64_t a_stride, const int32_t* b, int64_t count, const int32_t* ahead,
+                           int64_t first_row, const Finish& finish, bool accumulate) {
   using Accumulator = typename Operand::Accumulator;
   Accumulator sums[ROWS][VECTORS];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) sums[r][v] = Accumulator{};
@@ -83,49 +91,58 @@ inline void multiply_block(const int32_t* a, int64_t a_stride, const int32_t* b,
     Ints column[VECTORS];
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) column[v] = load_as<Ints>(b + v * LANES);
-#pragma GCC unroll 8
+    __builtin_prefetch(ahead + k * 16, 0, 2);
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       const Ints row = Ints{} + load_as<int32_t>(a + (BY_WORDS ? k * a_stride + r : r * a_stride + k));
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) sums[r][v] = Operand::multiply_add(sums[r][v], row, column[v]);
     }
   }
+  const auto finish_all = [&](auto adds) {
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) {
-      auto* to = c + r * c_stride + v * LANES;
-      if (accumulate) sums[r][v] += load_as<Accumulator>(to);
-      store_as(to, sums[r][v]);
-    }
+      for (int v = 0; v < VECTORS; ++v) finish(first_row + r, v * LANES, sums[r][v], adds);
+  };
+  accumulate ? finish_all(Constant<1>{}) : finish_all(Constant<0>{});
 }
 
-template <class Operand, int VECTORS, bool BY_WORDS, int ROWS = ROW_BLOCK>
-inline void multiply_rows(const int32_t* a, int64_t a_stride, int64_t rows, const int32_t* b, int64_t count,
-                          typename Operand::Number* c, int64_t c_stride, bool accumulate) {
-  for (; rows >= ROWS; rows -= ROWS, a += BY_WORDS ? ROWS : ROWS * a_stride, c += ROWS * c_stride)
-    multiply_block<Operand, ROWS, VECTORS, BY_WORDS>(a, a_stride, b, count, c, c_stride, accumulate);
+template <class Operand, int VECTORS, bool BY_WORDS, int ROWS, class Finish>
+inline void multiply_rows(const int32_t* a, int64_t a_stride, int64_t first, int64_t rows, const int32_t* b, int64_t count,
+                          const int32_t* ahead, const Finish& finish, bool accumulate) {
+  for (; first + ROWS <= rows; first += ROWS) {
+    // Of what is read next a line for every word, until all of it is on its way; then lines that are there.
+    const int64_t part = first / ROWS * 16;
+    multiply_block<Operand, ROWS, VECTORS, BY_WORDS>(a + first * (BY_WORDS ? 1 : a_stride), a_stride, b, count,
+                                                     part < VECTORS * LANES ? ahead + part * count : b, first, finish,
+                                                     accumulate);
+  }
   if constexpr (ROWS > 1)
-    if (rows > 0)
-      multiply_rows<Operand, VECTORS, BY_WORDS, ROWS - 1>(a, a_stride, rows, b, count, c, c_stride, accumulate);
+    if (first < rows)
+      multiply_rows<Operand, VECTORS, BY_WORDS, (ROWS > ROW_BLOCK ? ROW_BLOCK : ROWS - 1)>(
+          a, a_stride, first, rows, b, count, ahead, finish, accumulate);
 }
 
-// One panel: C [rows, width] (+)= A [rows, count words] B^T.
-template <class Operand, bool BY_WORDS = false>
+// One panel: C [rows, width] (+)= A [rows, count words] B^T, where `finish` takes C. Meanwhile the panel to be read next
+// comes into the L2 cache.
+template <class Operand, bool BY_WORDS = false, class Finish>
 inline void multiply_panel(const int32_t* a, int64_t a_stride, int64_t rows, const int32_t* b, int64_t count,
-                           int64_t width, typename Operand::Number* c, int64_t c_stride, bool accumulate) {
+                           int64_t width, const Finish& finish, bool accumulate, const int32_t* next = nullptr) {
   const int64_t vectors = (width + LANES - 1) / LANES;
   const int64_t block = Operand::block_words(count);
   if (count == 0 && !accumulate)
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t v = 0; v < vectors; ++v) store_as(c + r * c_stride + v * LANES, typename Operand::Accumulator{});
+      for (int64_t v = 0; v < vectors; ++v) finish(r, v * LANES, typename Operand::Accumulator{}, Constant<0>{});
   for (int64_t done = 0; done < count; done += block) {
     const int64_t step = smaller(block, count - done);
     const int32_t* panel = b + done * vectors * LANES;
-    const bool adds = accumulate || done > 0;
+    const bool adds = accumulate || done > 0, is_last = done + step >= count;
+    const int32_t* ahead = !is_last ? panel + step * vectors * LANES : next ? next : panel;
     const auto multiply_vectors = [&](auto count_of_vectors) {
-      multiply_rows<Operand, count_of_vectors(), BY_WORDS>(a + (BY_WORDS ? done * a_stride : done), a_stride, rows, panel,
-                                                           step, c, c_stride, adds);
+      constexpr int VECTORS = count_of_vectors(), ROWS = VECTORS * 2 > PANEL_VECTORS ? ROW_BLOCK : 2 * ROW_BLOCK;
+      multiply_rows<Operand, VECTORS, BY_WORDS, ROWS>(a + (BY_WORDS ? done * a_stride : done), a_stride, 0, rows, panel,
+                                                      step, ahead, finish, adds);
     };
     switch (vectors) {
       case 1: multiply_vectors(Constant<1>{}); break;

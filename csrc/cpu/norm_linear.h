@@ -6,13 +6,15 @@ inline void norm_linear(const Common& common, const NormLinear& a) {
   for_each(common.parallel, a.B * tiles, [&](int64_t task, int64_t thread) {
     const int64_t image = task / tiles, begin = task % tiles * step, rows = smaller(step, a.N - begin);
     Scratch scratch{common.scratch + thread * common.scratch_bytes};
-    float* row = scratch.take<float>(a.D);
+    float* work = scratch.take<float>(rows * a.D);
     const Rows<Operand> normed = Rows<Operand>::take(scratch, rows, a.D);
-    for (int64_t r = 0; r < rows; ++r) {
-      widen((const T*)a.x + (image * a.N + begin + r) * a.D, a.D, row);
-      if (a.norm.weight) layer_norm(row, a.norm, a.D, row);
-      encode(normed, r, 0, row, a.D);
-    }
+    const T* x = (const T*)a.x + (image * a.N + begin) * a.D;
+    if (a.norm.weight)
+      encode_normed(normed, rows, x, a.norm, a.D, work, scratch);
+    else
+      encode_rows(normed, rows, a.D, work, a.D, [&](int64_t r) {
+        return [row = x + r * a.D](int64_t i) { return load(row + i); };
+      });
     const Matrix& matrix = a.matrix;
     float* product = scratch.take<float>(rows * PANEL);
     T* out = (T*)a.out + image * a.out_stride + begin * matrix.n;
@@ -40,7 +42,7 @@ inline void norm_linear_backward(const Common& common, const NormLinearBackward&
     for (int64_t r = 0; r < rows; ++r) {
       const T* grad = (const T*)a.grad + (begin + r) * E;
       for (int64_t i = 0; i < E; i += LANES) store_part(row + i, load_part(grad + i, E - i), E - i);
-      encode(grads, r, 0, row, padded);
+      encode(grads, r, padded, [&](int64_t i) { return load(row + i); });
     }
     multiply(grads, rows, a.transposed.words, D, E, 0, D, 0, E, grad_normed, D, false);
     float* centred = scratch.take<float>(D);

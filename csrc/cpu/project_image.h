@@ -7,18 +7,17 @@ inline void project_image(const Common& common, const ProjectImage& a) {
   for_each(common.parallel, a.B * tiles, [&](int64_t task, int64_t thread) {
     const int64_t image = task / tiles, begin = task % tiles * step, rows = smaller(step, tokens - begin);
     Scratch scratch{common.scratch + thread * common.scratch_bytes};
-    float* product = scratch.take<float>(larger(rows, 2) * D);
+    float* product = scratch.take<float>(rows * D);
     float* cosines = scratch.take<float>(d);
     float* sines = scratch.take<float>(d);
     const Rows<Operand> normed = Rows<Operand>::take(scratch, rows, D);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (image * tokens + begin + r) * D;
-      widen((const T*)a.x + at, D, product);
-      layer_norm(product, a.token_norm, D, product + D);
-      for (int64_t i = 0; i < D; i += LANES) store((T*)a.tokens + at + i, load(product + D + i));
-      layer_norm(product, a.norm, D, product);
-      encode(normed, r, 0, product, D);
+      const auto value = [&](int64_t i) { return load((const T*)a.x + at + i); };
+      const LayerNorm token(a.token_norm, D, value);
+      for (int64_t i = 0; i < D; i += LANES) store((T*)a.tokens + at + i, token(value(i), i));
     }
+    encode_normed(normed, rows, (const T*)a.x + (image * tokens + begin) * D, a.norm, D, product, scratch);
     for (int pass = 0; pass < 2; ++pass) {
       const bool is_key = pass == 0;
       const Matrix& matrix = is_key ? a.key_projection : a.value_projection;

@@ -9,14 +9,9 @@ inline void residual_mlp(const Common& common, const ResidualMlp& a) {
     const T* x = (const T*)a.x + begin * a.D;
     T* kept = a.preactivation ? (T*)a.preactivation + begin * a.mlp.first.n : nullptr;
     T* out = (T*)a.out + begin * a.D;
-    float* row = scratch.take<float>(a.D);
     float* product = scratch.take<float>(rows * a.D);
     const Rows<Operand> normed = Rows<Operand>::take(scratch, rows, a.D);
-    for (int64_t r = 0; r < rows; ++r) {
-      widen(x + r * a.D, a.D, row);
-      layer_norm(row, a.mlp.norm, a.D, row);
-      encode(normed, r, 0, row, a.D);
-    }
+    encode_normed(normed, rows, x, a.mlp.norm, a.D, product, scratch);
     two_layers(normed, rows, a.mlp.first, a.mlp.second, scratch, a.out ? product : nullptr, a.D, kept);
     if (!a.out) return;
     for (int64_t r = 0; r < rows; ++r)
@@ -42,7 +37,7 @@ inline void mlp_backward(const Common& common, const MlpBackward& a) {
     const Rows<Operand> grads = Rows<Operand>::take(scratch, rows, D);
     for (int64_t r = 0; r < rows; ++r) {
       widen(grad + r * D, D, row);
-      encode(grads, r, 0, row, D);
+      encode(grads, r, D, [&](int64_t i) { return load(row + i); });
       widen(x + r * D, D, row);
       rstd[r] = centre(row, a.norm, D, centred + r * D);
       if (a.normed) scale_and_shift(centred + r * D, rstd[r], a.norm, D, (T*)a.normed + (begin + r) * D);

@@ -41,12 +41,13 @@ inline void rotate(float* row, const float* bias, float scale, int64_t D, int64_
 }
 
 // out [rows, d] of one head (stride D): attention of `rows` queries to all tokens, a block of tokens at a time.
-template <class Operand, bool PRECISE>
+template <class Operand, class T>
 inline void attend(const Rows<Operand>& query, int64_t rows, const int32_t* key, const int32_t* value, int64_t tokens,
                    int64_t d, Scratch scratch, float* out, int64_t out_stride, float* log2_sum) {
   const int64_t block = smaller(KEY_BLOCK, round_up(tokens, PANEL)), key_words = word_count<Operand>(d);
   float* scores = scratch.take<float>(QUERY_BLOCK * block);
-  const Rows<Operand> probabilities = Rows<Operand>::take(scratch, QUERY_BLOCK, block);
+  // Each row of them takes the place of its scores.
+  const Rows<Operand> probabilities{(int32_t*)scores, block, nullptr, nullptr};
   for (int64_t first = 0; first < rows; first += QUERY_BLOCK) {
     const int64_t count = smaller(QUERY_BLOCK, rows - first);
     float highest[QUERY_BLOCK], total[QUERY_BLOCK];
@@ -56,25 +57,25 @@ inline void attend(const Rows<Operand>& query, int64_t rows, const int32_t* key,
       for (int64_t j = 0; j < n; j += PANEL)
         multiply_panel<Operand>(query.words + first * query.stride, query.stride, count,
                                 key + (begin + j) * key_words, key_words, smaller(PANEL, tokens - begin - j),
-                                scores + j, block, false);
+                                Write{scores + j, block}, false);
       for (int64_t r = 0; r < count; ++r) {
         float* row = scores + r * block;
         for (int64_t i = n; i < padded; ++i) row[i] = -__builtin_inff();
-        Floats most[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
-        for (int64_t i = 0; i < padded; i += LANES) most[i / LANES % 2] = at_least(load(row + i), most[i / LANES % 2]);
+        const Floats most = over_columns(
+            padded, splat(-__builtin_inff()), [=](int64_t i) { return load(row + i); },
+            [](Floats x, Floats y) { return at_least(x, y); });
         const float before = begin > 0 ? highest[r] : -__builtin_inff();
-        float now = largest(at_least(most[0], most[1]));
+        float now = largest(most);
         now = before > now ? before : now;
-        Floats sums[2] = {};
+        Floats sums{};
         for (int64_t i = 0; i < padded; i += LANES) {
-          const Floats p = exp2<PRECISE>(load(row + i) - now);
-          sums[i / LANES % 2] += p;
-          store(row + i, p);
+          const Floats p = exp2<T>(load(row + i) - now);
+          sums += p;
+          store(probabilities.numbers(r) + i, p);
         }
-        encode(probabilities, r, 0, row, padded);
-        const float added = sum(sums[0] + sums[1]);
+        const float added = sum(sums);
         if (begin > 0) {
-          const Floats kept = exp2<PRECISE>(splat(before - now));
+          const Floats kept = exp2<float>(splat(before - now));
           total[r] = total[r] * kept[0] + added;
           for (int64_t i = 0; i < d; i += LANES) store(result + r * out_stride + i, load(result + r * out_stride + i) * kept);
         } else {
@@ -94,7 +95,6 @@ inline void attend(const Rows<Operand>& query, int64_t rows, const int32_t* key,
 
 template <class T, class C, class Operand, class Native>
 inline void rope_cross_attention(const Common& common, const RopeCrossAttention& a) {
-  constexpr bool PRECISE = sizeof(T) == 4;
   const int64_t D = a.D, d = D / a.heads, tokens = a.token_h * a.token_w;
   const int64_t step = balanced_rows(common, a.N, a.B), tiles = (a.N + step - 1) / step;
   const int64_t key_words = packed_words<Native>(tokens, d), value_words = packed_words<Native>(d, tokens);
@@ -106,12 +106,7 @@ inline void rope_cross_attention(const Common& common, const RopeCrossAttention&
     T* out = (T*)a.out + (image * a.N + begin) * D;
     float* product = scratch.take<float>(rows * D);
     const Rows<Operand> normed = Rows<Operand>::take(scratch, rows, D);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* row = product + r * D;
-      widen(x + r * D, D, row);
-      layer_norm(row, a.norm, D, row);
-      encode(normed, r, 0, row, D);
-    }
+    encode_normed(normed, rows, x, a.norm, D, product, scratch);
     multiply(normed, rows, a.query.words, D, D, 0, D, 0, D, product, D, false);
 
     Scratch attention = scratch;
@@ -123,7 +118,7 @@ inline void rope_cross_attention(const Common& common, const RopeCrossAttention&
       rotation(load_as<C>(xy) * (C)a.token_w, load_as<C>(xy + 1) * (C)a.token_h, a.inv_freq, d, cosines, sines);
       float* row = product + r * D;
       rotate(row, a.query.bias, scale, D, d, cosines, sines);
-      encode(query, r, 0, row, D);
+      encode(query, r, D, [&](int64_t i) { return load(row + i); });
       if (a.attended)
         for (int64_t i = 0; i < D; i += LANES)
           store((T*)a.rotated_query + (image * a.N + begin + r) * D + i, load(row + i));
@@ -132,14 +127,16 @@ inline void rope_cross_attention(const Common& common, const RopeCrossAttention&
       Rows<Native> part = query;
       part.words += head * word_count<Native>(d);
       const int64_t matrix = image * a.heads + head;
-      attend<Native, PRECISE>(part, rows, a.key + matrix * key_words, a.value + matrix * value_words, tokens, d, attention,
+      attend<Native, T>(part, rows, a.key + matrix * key_words, a.value + matrix * value_words, tokens, d, attention,
                               product + head * d, D, a.attended ? a.log2_sum + matrix * a.N + begin : nullptr);
     }
     if (a.attended) {
       for (int64_t i = 0; i < rows * D; i += LANES) store((T*)a.attended + (image * a.N + begin) * D + i, load(product + i));
       if (!a.out) return;
     }
-    for (int64_t r = 0; r < rows; ++r) encode(normed, r, 0, product + r * D, D);
+    encode_rows(normed, rows, D, product, D, [=](int64_t r) {
+      return [row = product + r * D](int64_t i) { return load(row + i); };
+    });
     multiply(normed, rows, a.out_projection.words, D, D, 0, D, 0, D, product, D, false);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < D; i += LANES)

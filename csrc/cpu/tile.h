@@ -1,6 +1,6 @@
 // A tile of rows on its way through LayerNorms and products, in one thread's scratch; and tasks on all threads.
 
-constexpr int64_t HIDDEN_CHUNK = 256;  // columns of a hidden layer computed at once
+constexpr int64_t HIDDEN_CHUNK = 384;  // columns of a hidden layer computed at once
 constexpr int64_t KEY_BLOCK = 1024;    // tokens attended to at once
 
 // Runs body(task, thread) for every task below `tasks`.
@@ -51,40 +51,105 @@ struct Rows {
     return taken;
   }
   static int64_t words_of(int64_t k) { return word_count<Operand>(k); }
+  auto* numbers(int64_t r) const {
+    using Narrow = std::conditional_t<Operand::PER_WORD == 2, bfloat16, uint8_t>;
+    return (std::conditional_t<Operand::PER_WORD == 1, float, Narrow>*)(words + r * stride);
+  }
   Rows from_row(int64_t r) const {
     return {words + r * stride, stride, scale ? scale + r : nullptr, zero ? zero + r : nullptr};
   }
 };
 
-// Converts `count` floats, a multiple of 16, to operands at column `column` of a row; `count` is all of an 8-bit row.
-template <class Operand>
-inline void encode(const Rows<Operand>& to, int64_t row, int64_t column, const float* from, int64_t count) {
-  int32_t* words = to.words + row * to.stride + column / Operand::PER_WORD;
-  if constexpr (Operand::PER_WORD == 1) {
-    for (int64_t i = 0; i < count; i += LANES) store((float*)words + i, load(from + i));
-  } else if constexpr (Operand::PER_WORD == 2) {
-    for (int64_t i = 0; i < count; i += LANES) store((bfloat16*)words + i, load(from + i));
-  } else {
-    Floats low = Floats{}, high = Floats{};  // the range holds zero, so that padding is exact
-    for (int64_t i = 0; i < count; i += LANES) {
-      low = at_most(load(from + i), low);
-      high = at_least(load(from + i), high);
-    }
-    const float lowest = -largest(-low), highest = largest(high);
-    const float step = highest - lowest < 1e-30f ? 1.0f : (highest - lowest) / 255.0f;  // its inverse must be finite
-    const Floats zero = nearest_integer(splat(-lowest / step));
-    const float inverse = 1.0f / step;
-    for (int64_t i = 0; i < count; i += LANES) {
-      const Floats q = at_most(at_least(nearest_integer(load(from + i) * inverse) + zero, Floats{}), splat(255.0f));
-      typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-      store_as((uint8_t*)words + i, __builtin_convertvector(__builtin_convertvector(q, Ints), Bytes));
-    }
-    // A NaN stays in its row.
-    bool finite = true;
-    for (int64_t i = 0; i < count; ++i) finite &= from[i] - from[i] == 0.0f;
-    to.scale[row] = finite ? step : __builtin_nanf("");
-    to.zero[row] = zero[0];
+// Calls take(i, f(value(i))) for every vector of columns i below `count`.
+template <class Value, class F, class Take>
+inline void for_columns(int64_t count, const Value& value, const F& f, const Take& take) {
+  int64_t i = 0;
+  for (; i + 4 * LANES <= count; i += 4 * LANES) {
+    const Four y = f(Four{value(i), value(i + LANES), value(i + 2 * LANES), value(i + 3 * LANES)});
+    take(i, y.a), take(i + LANES, y.b), take(i + 2 * LANES, y.c), take(i + 3 * LANES, y.d);
   }
+  for (; i < count; i += LANES) take(i, f(value(i)));
+}
+
+// `f` over value(i) of all these columns, in four chains that do not wait for one another.
+template <class Value, class F>
+inline Floats over_columns(int64_t count, Floats start, const Value& value, const F& f) {
+  Four y{start, start, start, start};
+  int64_t i = 0;
+  for (; i + 4 * LANES <= count; i += 4 * LANES) {
+    y.a = f(value(i), y.a), y.b = f(value(i + LANES), y.b);
+    y.c = f(value(i + 2 * LANES), y.c), y.d = f(value(i + 3 * LANES), y.d);
+  }
+  for (; i < count; i += LANES) y.a = f(value(i), y.a);
+  return f(f(y.a, y.b), f(y.c, y.d));
+}
+
+struct Same {
+  template <class V>
+  V operator()(V x) const {
+    return x;
+  }
+};
+
+// Converts f(value(i)) for every vector of columns i below `count`, a multiple of 16, to operands of a row, not in 8 bits.
+template <class Operand, class Value, class F = Same>
+inline void encode(const Rows<Operand>& to, int64_t row, int64_t count, const Value& value, const F& f = {}) {
+  auto* numbers = to.numbers(row);
+  for_columns(count, value, f, [=](int64_t i, Floats x) { store(numbers + i, x); });
+}
+
+// The same for rows of which value_of(row) is such a function. 8 bits: `work` [rows, count] holds the values meanwhile, and
+// may be where they come from.
+template <class Operand, class ValueOf, class F = Same>
+inline void encode_rows(const Rows<Operand>& to, int64_t rows, int64_t count, [[maybe_unused]] float* work,
+                        [[maybe_unused]] int64_t work_stride, const ValueOf& value_of, const F& f = {}) {
+  if constexpr (Operand::PER_WORD < 4) {
+    for (int64_t r = 0; r < rows; ++r) encode(to, r, count, value_of(r), f);
+  } else {
+    float inverse = 0.0f;
+    const auto quantise = [&](int64_t r, float inverse) {
+      const float zero = to.zero[r];
+      for (int64_t i = 0; i < count; i += LANES)
+        store_bytes(to.numbers(r) + i, load(work + r * work_stride + i) * inverse + zero);
+    };
+    for (int64_t r = 0; r < rows; ++r) {
+      Floats low{}, high{}, total{};  // the range holds zero, so that padding is exact
+      for_columns(count, value_of(r), f, [&](int64_t i, Floats x) {
+        store(work + r * work_stride + i, x);
+        low = at_most(x, low);
+        high = at_least(x, high);
+        total += x;
+      });
+      const float lowest = -largest(-low), highest = largest(high), all = sum(total);
+      const float step = highest - lowest < 1e-30f ? 1.0f : (highest - lowest) / 255.0f;  // its inverse must be finite
+      if (r > 0) quantise(r - 1, inverse);  // while the next row's step is on its way
+      inverse = 1.0f / step;
+      to.zero[r] = nearest_integer(splat(-lowest * inverse))[0];
+      to.scale[r] = all - all == 0.0f ? step : __builtin_nanf("");  // a NaN stays in its row
+    }
+    if (rows > 0) quantise(rows - 1, inverse);
+  }
+}
+
+// Sums of products of 8-bit integers as what they stand for. The zero point adds to every sum what columns add up to.
+template <class Operand>
+struct Dequantise {
+  const Rows<Operand>& a;
+  const float* scale;  // of each column
+  const float* total;  // of each column
+  Write write;
+  template <class Adds>
+  [[gnu::always_inline]] void operator()(int64_t row, int64_t column, typename Operand::Accumulator sums, Adds adds) const {
+    const Floats exact = __builtin_convertvector(sums, Floats) - a.zero[row] * load(total + column);
+    write(row, column, exact * (a.scale[row] * load(scale + column)), adds);
+  }
+};
+
+// Where the panel of a packed matrix begins whose first column is n, from an input on.
+template <class Operand>
+inline const int32_t* panel_of(const int32_t* packed, int64_t matrix_n, int64_t matrix_k, int64_t n, int64_t k_begin) {
+  const int64_t padded = smaller(PANEL, round_up(matrix_n - n, LANES));
+  return packed + n * word_count<Operand>(matrix_k) + k_begin / Operand::PER_WORD * padded;
 }
 
 // C [rows, n] (+)= A W^T for columns [begin, end) of a packed matrix and inputs [k_begin, k_begin + k) of it, in
@@ -95,45 +160,53 @@ inline void multiply(const Rows<Operand>& a, int64_t rows, const int32_t* packed
                      bool accumulate) {
   const int64_t all_words = word_count<Operand>(matrix_k), count = word_count<Operand>(k);
   for (int64_t n = begin; n < end; n += PANEL) {
-    const int64_t width = smaller(PANEL, matrix_n - n), padded = round_up(width, LANES);
-    const int32_t* panel = packed + n * all_words + k_begin / Operand::PER_WORD * padded;
-    float* out = c + n - begin;
+    const int64_t width = smaller(PANEL, matrix_n - n);
+    const int32_t* panel = panel_of<Operand>(packed, matrix_n, matrix_k, n, k_begin);
+    const int32_t* next = n + PANEL < end ? panel_of<Operand>(packed, matrix_n, matrix_k, n + PANEL, k_begin) : panel;
+    const Write write{c + n - begin, c_stride};
     if constexpr (Operand::PER_WORD == 4) {
       const float* scale = (const float*)(packed + round_up(matrix_n, LANES) * all_words);
       // What the zero point adds to every sum, over all inputs or over a chunk that is quantised on its own.
       const int64_t part = k == matrix_k ? 0 : 1 + k_begin / HIDDEN_CHUNK;
       const float* total = scale + round_up(matrix_n, LANES) * (1 + part);
-      int32_t sums[ROW_BLOCK * PANEL];
-      for (int64_t r = 0; r < rows; r += ROW_BLOCK) {
-        const int64_t block = smaller(ROW_BLOCK, rows - r);
-        multiply_panel<Operand>(a.words + r * a.stride, a.stride, block, panel, count, width, sums, PANEL, false);
-        for (int64_t i = 0; i < block; ++i)
-          for (int64_t v = 0; v < padded; v += LANES) {
-            const Floats sum = __builtin_convertvector(load_as<Ints>(sums + i * PANEL + v), Floats);
-            const Floats value = (sum - a.zero[r + i] * load(total + n + v)) * (a.scale[r + i] * load(scale + n + v));
-            float* to = out + (r + i) * c_stride + v;
-            store(to, accumulate ? load(to) + value : value);
-          }
-      }
+      multiply_panel<Operand>(a.words, a.stride, rows, panel, count, width,
+                              Dequantise<Operand>{a, scale + n, total + n, write}, accumulate, next);
     } else {
-      multiply_panel<Operand>(a.words, a.stride, rows, panel, count, width, out, c_stride, accumulate);
+      multiply_panel<Operand>(a.words, a.stride, rows, panel, count, width, write, accumulate, next);
     }
   }
 }
 
+// LayerNorm of a row of which value(i) is the vector of columns from i on.
+struct LayerNorm {
+  const float *weight, *bias;
+  float mean, rstd;
+
+  template <class Value>
+  LayerNorm(const Norm& norm, int64_t D, const Value& value) : weight(norm.weight), bias(norm.bias) {
+    mean = sum_of(D, value) / (float)D;
+    const float variance = sum_of(D, [&](int64_t i) {
+      const Floats centred = value(i) - mean;
+      return centred * centred;
+    });
+    rstd = 1.0f / __builtin_sqrtf(variance / (float)D + norm.eps);
+  }
+  Floats operator()(Floats x, int64_t i) const {
+    return (x - mean) * rstd * load(weight + i) + load(bias + i);
+  }
+
+ private:
+  template <class Value>
+  static float sum_of(int64_t D, const Value& value) {
+    return sum(over_columns(D, Floats{}, value, [](Floats x, Floats y) { return x + y; }));
+  }
+};
+
 // A row of D floats less its mean; returns the inverse of its deviation. In place if `to` is `from`.
 inline float centre(const float* from, const Norm& norm, int64_t D, float* to) {
-  Floats sums[4] = {};
-  for (int64_t i = 0; i < D; i += LANES) sums[i / LANES % 4] += load(from + i);
-  const float mean = sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / (float)D;
-  Floats squares[4] = {};
-  for (int64_t i = 0; i < D; i += LANES) {
-    const Floats centred = load(from + i) - mean;
-    squares[i / LANES % 4] += centred * centred;
-    store(to + i, centred);
-  }
-  const float variance = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / (float)D;
-  return 1.0f / __builtin_sqrtf(variance + norm.eps);
+  const LayerNorm moments(norm, D, [&](int64_t i) { return load(from + i); });
+  for (int64_t i = 0; i < D; i += LANES) store(to + i, load(from + i) - moments.mean);
+  return moments.rstd;
 }
 
 // The rest of LayerNorm after centre().
@@ -143,10 +216,23 @@ inline void scale_and_shift(const float* centred, float rstd, const Norm& norm, 
     store(to + i, load(centred + i) * rstd * load(norm.weight + i) + load(norm.bias + i));
 }
 
-// LayerNorm of a row of D floats; in place if `to` is `from`.
-inline void layer_norm(const float* from, const Norm& norm, int64_t D, float* to) {
-  const float rstd = centre(from, norm, D, to);
-  scale_and_shift(to, rstd, norm, D, to);
+// LayerNorms of rows, row r of them value_of(r). All before the first is used: one waits for its sums, many do not.
+template <class ValueOf>
+inline LayerNorm* layer_norms(int64_t rows, const Norm& norm, int64_t D, Scratch& scratch, const ValueOf& value_of) {
+  LayerNorm* norms = scratch.take<LayerNorm>(rows);
+  for (int64_t r = 0; r < rows; ++r) norms[r] = LayerNorm(norm, D, value_of(r));
+  return norms;
+}
+
+// LayerNorm of rows [rows, D] as operands; `work` [rows, D] as in encode_rows().
+template <class Operand, class T>
+inline void encode_normed(const Rows<Operand>& to, int64_t rows, const T* from, const Norm& norm, int64_t D, float* work,
+                          Scratch scratch) {
+  const auto value_of = [=](int64_t r) { return [=](int64_t i) { return load(from + r * D + i); }; };
+  const LayerNorm* norms = layer_norms(rows, norm, D, scratch, value_of);
+  encode_rows(to, rows, D, work, D, [=](int64_t r) {
+    return [norm = norms[r], value = value_of(r)](int64_t i) { return norm(value(i), i); };
+  });
 }
 
 // Gradient of LayerNorm's input from that of its output, both [D]; adds to the gradients of its weight and bias.
@@ -182,16 +268,16 @@ inline void two_layers(const Rows<Operand>& a, int64_t rows, const Matrix& first
     const int64_t width = smaller(HIDDEN_CHUNK, first.n - begin);
     multiply(a, rows, first.words, first.n, first.k, begin, begin + width, 0, first.k, preactivation, HIDDEN_CHUNK,
              false);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* row = preactivation + r * HIDDEN_CHUNK;
-      for (int64_t i = 0; i < width; i += LANES) {
-        const Floats preactivation = load(row + i) + load(first.bias + begin + i);
-        if (kept) store(kept + r * first.n + begin + i, preactivation);
-        store(row + i, gelu<sizeof(T) == 4>(preactivation));
-      }
-      if (out) encode(hidden, r, 0, row, width);
-    }
+    const auto value_of = [=](int64_t r) {
+      const float *row = preactivation + r * HIDDEN_CHUNK, *bias = first.bias + begin;
+      return [=](int64_t i) { return load(row + i) + load(bias + i); };
+    };
+    if (kept)
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < width; i += LANES) store(kept + r * first.n + begin + i, value_of(r)(i));
     if (!out) continue;
+    using Wanted = std::conditional_t<Operand::PER_WORD == 4, uint8_t, T>;
+    encode_rows(hidden, rows, width, preactivation, HIDDEN_CHUNK, value_of, [](auto x) { return gelu<Wanted>(x); });
     multiply(hidden, rows, second.words, second.n, second.k, 0, second.n, begin, width, out, out_stride, begin > 0);
   }
 }
@@ -213,12 +299,12 @@ inline void two_layers_backward(const Rows<Operand>& grads, int64_t rows, const 
       float* row = product + r * HIDDEN_CHUNK;
       const int64_t at = r * E + begin;
       for (int64_t i = 0; i < width; i += LANES) {
-        const GeluSlope y = gelu_and_slope<sizeof(T) == 4>(load(preactivation + at + i));
+        const GeluSlope y = gelu_and_slope<T>(load(preactivation + at + i));
         store(row + i, load(row + i) * y.slope);
         if (hidden) store(hidden + at + i, y.value);
         store(grad_preactivation + at + i, load(row + i));
       }
-      if (grad_a) encode(part, r, 0, row, width);
+      if (grad_a) encode(part, r, width, [&](int64_t i) { return load(row + i); });
     }
     if (grad_a)
       multiply(part, rows, first_transposed.words, first_transposed.n, E, 0, first_transposed.n, begin, width, grad_a,

@@ -74,19 +74,27 @@ inline Floats nearest_integer(Floats x) {  // ties to even
 }
 
 inline float sum(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float total[LANES];
   store_as(total, v);
   for (int width = LANES / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) total[i] += total[i + width];
   return total[0];
+#endif
 }
 
 inline float largest(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float best[LANES];
   store_as(best, v);
   for (int width = LANES / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) best[i] = best[i] > best[i + width] ? best[i] : best[i + width];
   return best[0];
+#endif
 }
 
 // Half precision in integer arithmetic, where the CPU has no conversion; compilers differ in _Float16 there.
@@ -151,6 +159,18 @@ inline void store(float16* to, Floats v) {
   store_as(to, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
   store_as(to, rounded_to_float16(v));
+#endif
+}
+
+// Rounds to integers from 0 to 255, ties to even.
+inline void store_bytes(uint8_t* to, Floats v) {
+#if defined(__AVX512F__)
+  const __m512i rounded = _mm512_max_epi32(_mm512_cvtps_epi32((__m512)v), _mm512_setzero_si512());
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtusepi32_epi8(rounded));
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+  const Floats bounded = at_most(at_least(nearest_integer(v), Floats{}), splat(255.0f));
+  store_as(to, __builtin_convertvector(__builtin_convertvector(bounded, Ints), Bytes));
 #endif
 }
 

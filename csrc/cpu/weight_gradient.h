@@ -43,7 +43,7 @@ inline void weight_gradient(const Common& common, const WeightGradient& a) {
         pack_columns<Operand>((const T*)a.grad + first * a.E + e, a.E, rows, count, padded, outputs, bias ? bias + e : nullptr);
         for (int64_t n = 0; n < inputs; n += PANEL) {
           const int64_t width = smaller(PANEL, inputs - n);
-          multiply_panel<Operand, true>(outputs, padded, count, packed + n * words, words, width, tile, PANEL, false);
+          multiply_panel<Operand, true>(outputs, padded, count, packed + n * words, words, width, Write{tile, PANEL}, false);
           for (int64_t r = 0; r < count; ++r)
             for (int64_t i = 0; i < width; i += LANES) {
               const int64_t at = (e + r) * a.D + in_begin + n + i;
