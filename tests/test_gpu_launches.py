@@ -323,7 +323,8 @@ def test_any_part_of_a_grid_has_its_queries(most_rows, per_chunk):
     centres = cell_centres(size, torch.float32, CPU)
     token, relative = nearest_token(centres.double(), tokens)
     for span in (slice(0, 560), slice(0, 56), slice(3, 20), slice(27, 29), slice(100, 431), slice(559, 560)):
-        coords, tables = grid.queries(span)
+        coords, tables, shared = grid.queries(span)
+        assert shared is None
         assert coords.shape == (2, span.stop - span.start, 2)
         torch.testing.assert_close(coords[1], centres[span], rtol=3e-7, atol=0)
         if tables[0] is None:
@@ -333,6 +334,26 @@ def test_any_part_of_a_grid_has_its_queries(most_rows, per_chunk):
             assert torch.equal(table.token, token[span])
             expected = film_gamma_beta(relative[span].float(), grid.freqs, position)
             torch.testing.assert_close(table.gamma_beta[table.row], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "chunk"), [((20, 30), 150), ((9, 24), 50), ((3, 72), 100), ((40, 6), 37)])
+def test_a_walk_gets_the_relative_positions_that_a_chunk_shares(size, chunk):
+    tokens = (5, 6)
+    grid = grid_of(size, tokens, 0, per_chunk=False, for_walk=True)
+    token, relative = nearest_token(cell_centres(size, torch.float64, CPU), tokens)
+    lengths, shared_by = set(), 0
+    for span in Spans(*size, chunk, whole_lines=False):
+        _, tables, shared = grid.queries(span)
+        assert tables == [None, None]
+        if shared is None:
+            assert span.stop == size[0] * size[1]  # few are left
+            continue
+        assert torch.equal(shared.token, token[span])
+        torch.testing.assert_close(shared.relative[shared.row], relative[span].float(), rtol=0, atol=1e-6)
+        lengths.add((span.stop - span.start, len(shared.relative)))
+        shared_by += span.stop - span.start
+    assert shared_by > 0
+    assert len({count for count, _ in lengths}) == len(lengths)  # as many for all chunks of a length
 
 
 def test_tables_of_all_blocks_at_once():

@@ -11,10 +11,11 @@ from conftest import FAST_IMPLS, query_bytes
 if "triton" not in FAST_IMPLS:
     pytest.skip("Triton cannot be used here", allow_module_level=True)
 
-from vitup_fast.kernels.triton import common
+from vitup_fast.kernels.triton import common, film_mlp
 
 import vitup_fast
 from vitup_fast import InputError, ViTUpConfig
+from vitup_fast.network import model
 from vitup_fast.testing import assert_within_budget, random_coords, random_image, random_network
 from vitup_fast.walks import gpu
 from vitup_fast.walks.gpu import Workspace
@@ -337,3 +338,24 @@ def test_memory_of_a_pass_stays_within_the_goal():
         blocks, tokens = config.num_layers - 1, 28 * 28
         copies = blocks * (3 * tokens * config.dim * 2 + 256 * 2 * config.dim * 4) + rows * (8 + 16)
         assert workspace.nbytes + copies < 128e6
+
+
+def test_maps_of_many_relative_positions_share_those_of_a_chunk(network, cache, recorded, monkeypatch):
+    """The walk makes their tables, also where chunks begin within a row, and the last one has none."""
+    monkeypatch.setattr(model, "SHARED_TABLE_ROWS", 3)
+    single, single_cache = vitup_fast.ViTUp(CONFIG).float(), cache.to(torch.float32)
+    single.load_state_dict(network.state_dict())
+    lengths = []
+    position_code = film_mlp.position_code
+    monkeypatch.setattr(
+        film_mlp, "position_code", lambda c, *rest: lengths.append(c.numel() // 2) or position_code(c, *rest)
+    )
+    with torch.no_grad():
+        for size in ((9, 24), (7, 32)):
+            exact = network.dense(cache, size, impl="reference")
+            eager = single.dense(single_cache, size, impl="reference")
+            for _ in range(3):
+                actual = single.dense(single_cache, size, impl="triton", query_chunk_size=50)
+                assert_within_budget(actual, eager, exact, factor=1.5)
+    assert recorded["replayed"] > 0
+    assert 4 * 6 in lengths  # rows that a chunk of 50 may touch, and columns in one token

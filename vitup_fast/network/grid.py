@@ -23,6 +23,15 @@ class Queries(NamedTuple):
 
     coords: Tensor  # [B, n, 2]
     tables: Sequence[FilmTable | None]
+    shared: SharedPositions | None = None  # where the walk makes the tables
+
+
+class SharedPositions(NamedTuple):
+    """Relative positions that queries share, for a walk that computes ``[gamma, beta]`` of them itself."""
+
+    relative: Tensor  # [R, 2] in token units
+    row: Tensor  # [n] row of relative for each query
+    token: Tensor  # [n] flat index of the nearest token
 
 
 class GridAxis(NamedTuple):
@@ -91,8 +100,9 @@ class Grid:
         freqs: frequencies of the position code.
         positions: per block, the position MLP.
         most_rows: longest table that is computed once for all chunks; None computes no tables.
-        per_chunk: compute the others for each chunk in which enough queries share relative positions; without it
-            each query has its own, which costs matrix units less than many small steps cost a GPU.
+        per_chunk: compute the others for each chunk in which enough queries share relative positions; without it,
+            the many small steps of which would cost a GPU more, each query has its own.
+        for_walk: leave these to the walk, which gets the relative positions that a chunk shares.
     """
 
     def __init__(
@@ -106,6 +116,7 @@ class Grid:
         positions: Sequence[PositionWeights],
         most_rows: int | None,
         per_chunk: bool = True,
+        for_walk: bool = False,
     ) -> None:
         self.size, self.token_grid, self.batch, self.dtype, self.device = (
             size,
@@ -121,6 +132,7 @@ class Grid:
         if not per_chunk:
             shares = shares and 2 * distinct <= batch * size[0] * size[1]
         self.tables_per_chunk = most_rows is not None and not shares and per_chunk
+        self.for_walk = most_rows is not None and not shares and for_walk
         if most_rows is not None and not shares:
             rows, columns = (
                 axis.over_their_tokens(n) for axis, n in zip((rows, columns), token_grid, strict=True)
@@ -146,7 +158,8 @@ class Grid:
                 axes = self._on_device(rows, columns, (y.start, x.start))
                 tables = self._gamma_beta(axes)
         cells = torch.arange(span.start, span.stop, dtype=torch.int64, device=self.device)  # [n]
-        return self._queries(cells, axes, tables)
+        queries = self._queries(cells, axes, tables)
+        return queries._replace(shared=self._shared_positions(span, cells)) if self.for_walk else queries
 
     def cells(self, cells: Tensor) -> Queries:  # [n]
         """The queries of any cells, counted row by row, with the table of all relative positions if there is one."""
@@ -161,6 +174,27 @@ class Grid:
             return Queries(coords, [None] * len(self.positions))
         row, token = (axes.index[0][:, y] + axes.index[1][:, x]).unbind()  # [n] each
         return Queries(coords, [FilmTable(gamma_beta, row, token) for gamma_beta in tables])
+
+    def _shared_positions(self, span: slice, cells: Tensor) -> SharedPositions | None:
+        """Relative positions of all columns in each row that a span touches, as many for all spans of its length.
+
+        None where they are more than half as many as the queries.
+        """
+        (H, W), count = self.size, span.stop - span.start
+        lines = min(H, (count + W - 2) // W + 1)
+        wide = len(self.columns.relative)
+        if 2 * lines * wide > count:
+            return None
+        first = min(span.start // W, H - lines)
+        relative_y, relative_x = self.axes.relative
+        phase_y = self.axes.index[0][0].div(wide, rounding_mode="floor")  # [H]
+        own_y = relative_y[phase_y[first : first + lines]]
+        along_y, along_x = torch.meshgrid(own_y, relative_x, indexing="ij")
+        relative = torch.stack((along_x, along_y), dim=-1).flatten(0, 1)  # [lines * Rx, 2]
+        y, x = cells.div(W, rounding_mode="floor"), cells.remainder(W)
+        row = (y - first) * wide + self.axes.index[1][0][x]
+        token = self.axes.index[0][1][y] + self.axes.index[1][1][x]
+        return SharedPositions(relative, row, token)
 
     def _on_device(self, rows: GridAxis, columns: GridAxis, first: tuple[int, int]) -> _Axes:
         """Bring rows and columns to where they are used, in one copy that nothing waits for."""

@@ -300,7 +300,9 @@ class ViTUp(nn.Module):
         if settings.implementation == "reference" or precise or not fits:
             most_rows = None
         place = cache.token_grid, cache.batch_size, wide, self.device
-        grid = Grid((H, W), *place, weights.freqs, positions, most_rows, per_chunk=not settings.on_gpu)
+        grid = Grid(
+            (H, W), *place, weights.freqs, positions, most_rows, not settings.on_gpu, walk.makes_tables
+        )
         if tolerance:
             output, spent = self._run_adaptive(
                 cache, weights, settings, chunk, scratch, grid, options, tolerance

@@ -174,7 +174,7 @@ class CpuWalk(Walk):
         outputs: dict[int, Tensor],  # [b, n, E] or [b, n] each
     ) -> None:
         """Walk one chunk and decode it into ``outputs``."""
-        group, (coords, tables) = chunk
+        group, (coords, tables, _) = chunk
         b, n, _ = coords.shape
         coords = coords.contiguous()
         state = states[: b * n].view(b, n, self.dim)

@@ -103,11 +103,12 @@ class Image(NamedTuple):
 
 
 class Table(NamedTuple):
-    """``[gamma, beta]`` of the relative positions that the queries of a grid share."""
+    """``[gamma, beta]`` of the relative positions that the queries of a grid share, or these positions."""
 
-    gamma_beta: Sequence[Tensor]  # [R, 2 D] per block
+    gamma_beta: Sequence[Tensor]  # [R, 2 D] per block; none if they are to be computed
     row: Tensor  # [n]
     token: Tensor  # [n]
+    relative: Tensor | None = None  # [R, 2] in token units
 
 
 class Workspace:
@@ -191,14 +192,19 @@ def walk_blocks(
             out=spare.view(per_image),
         )
         linear(spare, block.out, residual=state, **memory)
-        if table is None:
+        if table is None or table.relative is not None:
+            # A relative position lies in the one cell of a grid of one token.
+            where, cells = (coords, token_grid) if table is None else (table.relative[None] + 0.5, (1, 1))
             width = block.position.first.weight.shape[1]
-            code, position_hidden, gamma_beta = workspace.position_buffers(rows, width)
+            code, position_hidden, gamma_beta = workspace.position_buffers(where[..., 0].numel(), width)
             buffers = FilmBuffers(code=code, position_hidden=position_hidden, gamma_beta=gamma_beta)
-            _, gamma_beta = position_gamma_beta(coords, constants.freqs, token_grid, block.position, buffers)
+            _, gamma_beta = position_gamma_beta(where, constants.freqs, cells, block.position, buffers)
+        else:
+            gamma_beta = table.gamma_beta[i]
+        if table is None:
             modulation = Modulation(gamma_beta, coords, None, None)
         else:
-            modulation = Modulation(table.gamma_beta[i], None, table.row, table.token)
+            modulation = Modulation(gamma_beta, None, table.row, table.token)
         buffers = FilmBuffers(
             modulated=spare,
             modulated_moments=spare_moments,
@@ -323,7 +329,8 @@ class GraphedChunk:
             self.seen = True
             return walk_blocks(self.constants, image, coords, table, self.workspace, moments)
         per_image = [*image.keys, *image.values, *image.tokens, *(() if table is None else table.gamma_beta)]
-        per_chunk = [coords, *(() if table is None else (table.row, table.token))]
+        per_chunk = [coords, *(() if table is None else table[1:])]
+        per_chunk = [t for t in per_chunk if t is not None]
         if self.replay is None:
             self.own_per_image, self.own_per_chunk = (
                 [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
@@ -341,7 +348,9 @@ class GraphedChunk:
                 self.own_per_image[i * blocks : (i + 1) * blocks] for i in range(4)
             )
             own_coords, *indices = self.own_per_chunk
-            own_table = Table(tables, *indices) if indices else None
+            own_table = (
+                Table(tables, *indices) if indices else None
+            )  # row, token and perhaps relative positions
 
             def run() -> None:
                 own_image = Image(keys, values, tokens)
@@ -361,6 +370,7 @@ class GpuWalk(Walk):
     """Folded weights and recorded graphs; safe for several threads, streams and GPUs: each has graphs of its own."""
 
     remembered = True
+    makes_tables = True
 
     @classmethod
     def takes(cls, settings: Settings) -> bool:
@@ -435,9 +445,10 @@ class GpuWalk(Walk):
 
         def step(chunk: Chunk, out: Sequence[Tensor]) -> Sequence[Tensor]:
             nonlocal graphed, graphed_shape, workspace
-            images, (coords, tables) = chunk
+            images, (coords, tables, shared) = chunk
             tabulated = [t.gamma_beta for t in tables if t is not None]
-            shape = (coords.shape[0], coords.dtype, *cache.token_grid, *(len(t) for t in tabulated[:1]))
+            rows_of = [len(t) for t in tabulated[:1]] + ([] if shared is None else [-len(shared.relative)])
+            shape = (coords.shape[0], coords.dtype, *cache.token_grid, *rows_of)
             with plain_modes(self.device), compiled_kernels(compiled):
                 if workspace is None:
                     graphed, graphed_shape = self._graphed_chunk(rows, (*shape, compiled)), shape
@@ -492,13 +503,15 @@ class GpuWalk(Walk):
         from ..kernels.triton.bilinear_sample import sample
         from ..kernels.triton.linear import linear, linear_argmax
 
-        coords, tables = chunk.queries
+        coords, tables, shared = chunk.queries
         b, n, _ = coords.shape
         rows, coords = b * n, coords.to(position_dtype(coords, cache.patch_grid)).contiguous()
         image = Image(cache.keys, cache.values, cache.tokens)
         table = None
         if tables[0] is not None:
             table = Table([t.gamma_beta for t in tables], tables[0].row, tables[0].token)
+        elif shared is not None:
+            table = Table([], shared.row, shared.token, shared.relative)
 
         def decode(depth: int, state: Tensor, moments: Tensor) -> None:
             if depth not in decoders:

@@ -71,7 +71,7 @@ class OperatorsWalk(Walk):
         caches = cache.split([group.stop - group.start for group in groups])
 
         def step(chunk: Chunk, out: Sequence[Tensor] | None) -> Sequence[Tensor]:
-            images, (coords, tables) = caches[groups.index(chunk.images)], chunk.queries
+            images, (coords, tables, _) = caches[groups.index(chunk.images)], chunk.queries
             coords = coords if settings.in_place else recordable(coords)
             query = bilinear_sample(images.patch_grid, coords, impl=impl)  # [b, n, D]
             decoded = [decode(query, *decoders[0], impl=impl)] if 0 in decoders else []

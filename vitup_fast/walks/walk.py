@@ -107,6 +107,8 @@ class Walk(ABC):
 
     # Whether it is worth remembering until the weights change.
     remembered: bool
+    # Whether it computes [gamma, beta] of relative positions that queries share.
+    makes_tables: bool = False
 
     @classmethod
     @abstractmethod
