@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, brief, expected, require
+from ..files import digest_tensors
 from ..images import write_atomically
 from ..network.backbone import Backbone
 from .configuration import TrainingConfig
@@ -162,10 +163,7 @@ class Cache:
 
 
 def _weights_digest(backbone: Backbone) -> str:
-    """Identifies the teacher's weights."""
-    digest = hashlib.sha256()
-    adapters = {id(p) for p in backbone.lora_parameters()}
-    for tensor in (*backbone.model.parameters(), *backbone.model.buffers()):
-        if id(tensor) not in adapters:
-            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """Identifies the teacher's weights, whatever dtype they are kept in."""
+    adapters = {id(parameter) for parameter in backbone.lora_parameters()}
+    named = (*backbone.model.named_parameters(), *backbone.model.named_buffers())
+    return digest_tensors((name, tensor.float()) for name, tensor in named if id(tensor) not in adapters)
