@@ -85,6 +85,8 @@ def seconds(
         rates: of all multiprocessors; None takes those of the capability.
     """
     M, N, K, itemsize, out_itemsize, norm = product
+    if not M * N:
+        return 0.0
     if rates is None:
         rates = of_capability(RATES, capability)
     columns = -(-N // tile.columns)
