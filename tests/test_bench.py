@@ -198,14 +198,14 @@ def test_no_round_begins_after_the_patience_is_spent():
 
 def test_goal_stands_beside_the_figure(fake_probes):
     exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    goal = Goal("H100", 0.0155, 0.0126, 2.5, 128 * 10**6)
+    goal = Goal("H100", 0.017, 0.0126, 2.5, 128 * 10**6)
     table = measure(
         case_of({"fast": exact.float()}, exact, exact.float(), goal=goal), 1, cpu_stopwatch
     ).table()
-    assert "goal on H100: 15.5 ms (floor 12.6), 2.5 x the compiled reference, 128 MB beyond" in table
+    assert "goal on H100: 17.0 ms (floor 12.6), 2.5 x the compiled reference, 128 MB beyond" in table
     eager, fast = (line.split() for line in table.splitlines()[-2:])
-    assert "15.50" in fast
-    assert "15.50" not in eager
+    assert "17.00" in fast
+    assert "17.00" not in eager
     assert "goal" not in measure(case_of({}, exact, exact.float()), 1, cpu_stopwatch).table()
 
 
@@ -230,9 +230,9 @@ def test_goals_are_those_of_one_gpu(monkeypatch):
     monkeypatch.setattr(end_to_end, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
     bf16 = torch.bfloat16
     assert end_to_end.goal_for(splus, 448**2, 448, False, cuda, bf16) == Goal(
-        "H100", 15.5e-3, 12.6e-3, 2.5, 128 * 10**6
+        "H100", 17e-3, 12.6e-3, 2.5, 128 * 10**6
     )
-    assert end_to_end.goal_for(base, 1024**2, 1024, False, cuda, bf16).seconds == 0.27
+    assert end_to_end.goal_for(base, 448**2, 448, False, cuda, bf16).seconds == 62e-3
     assert end_to_end.goal_for(base, 4096, None, False, cuda, bf16) == Goal("H100", memory=128 * 10**6)
     assert end_to_end.goal_for(base, 75000, None, True, cuda, bf16) == Goal("H100", 94e-3)
     assert end_to_end.goal_for(splus, 448**2, 448, False, cuda, torch.float32) is None
