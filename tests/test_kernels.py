@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,23 @@ def test_triton_versions(monkeypatch, found, obstacle):
         )
     finally:
         implementations._triton_package_obstacle.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("found", "numpy", "obstacle"),
+    [("3.6.0", "2.4.6", "numpy<2.4"), ("3.6.1", "2.3.5", None), ("3.7.0", "2.5.0", None)],
+)
+def test_versions_of_the_interpreter(generator, monkeypatch, found, numpy, obstacle):
+    versions = {"triton": found, "numpy": numpy}
+    monkeypatch.setattr(implementations, "version", versions.__getitem__)
+    monkeypatch.setattr(
+        implementations, "_interpreter_obstacle", implementations._interpreter_obstacle.__wrapped__
+    )
+    arguments = OPERATIONS["norm_linear"].inputs(Sizes(B=1, N=2, D=64), generator)
+    expected = nullcontext() if obstacle is None else pytest.raises(InputError, match=obstacle)
+    with expected:
+        OPERATIONS["norm_linear"].function(**arguments, impl="triton")
+    assert (obstacle or "fused kernels") in implementations.implementations()[0].reason
 
 
 @pytest.mark.parametrize(

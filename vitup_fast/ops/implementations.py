@@ -79,6 +79,12 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
+def _major_minor(found: str) -> tuple[int, int]:
+    """Major and minor number of a package's version."""
+    major, minor = found.split(".")[:2]
+    return int(major), int(minor)
+
+
 @cache
 def _triton_package_obstacle() -> str | None:
     """Why Triton cannot be used in this environment, or None."""
@@ -86,8 +92,23 @@ def _triton_package_obstacle() -> str | None:
         found = version("triton")
     except PackageNotFoundError:
         return "the package triton is not installed (pip install triton)"
-    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TRITON:
+    if _major_minor(found) < OLDEST_TRITON:
         return f"triton {found} is older than 3.6 (pip install --upgrade torch triton)"
+    return None
+
+
+@cache
+def _interpreter_obstacle() -> str | None:
+    """Why Triton's interpreter cannot run the kernels in this environment, or None.
+
+    That of Triton 3.6 makes integers of arrays with one dimension, which NumPy refuses from 2.4 on.
+    """
+    found, numpy = version("triton"), version("numpy")
+    if _major_minor(found) < (3, 7) and _major_minor(numpy) >= (2, 4):
+        return (
+            f"the interpreter of triton {found} cannot work with numpy {numpy} "
+            "(pip install 'numpy<2.4', or triton 3.7 and later)"
+        )
     return None
 
 
@@ -95,7 +116,9 @@ def _triton_package_obstacle() -> str | None:
 def _triton_obstacle() -> str | None:
     """Why the Triton kernels cannot run on this machine, or None."""
     obstacle = _triton_package_obstacle()
-    if obstacle is None and not interpreted() and not (torch.version.cuda and torch.cuda.is_available()):
+    if obstacle is None and interpreted():
+        return _interpreter_obstacle()
+    if obstacle is None and not (torch.version.cuda and torch.cuda.is_available()):
         return "no NVIDIA GPU is available"
     return obstacle
 
