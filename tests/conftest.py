@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ FAST_IMPLS = tuple(
     i.name for i in reversed(implementations()) if i.available and i.name not in ("reference", "cpu_int8")
 )
 FLOAT64_IMPLS = tuple(name for name in FAST_IMPLS if name != "cpu")
+HOPPER_SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 HOST_OPERATIONS = ("bilinear_sample", "film_mlp")
 if "triton" in FAST_IMPLS:
     from triton_interpreter import mend_bfloat16
@@ -58,6 +63,46 @@ def query_bytes(network, impl):
     settings = Settings(impl, impl, network.config.num_heads, network.dtype, network.device, True)
     dim, dtype = network.config.dim, network.dtype
     return choose_walk(settings).query_bytes(dim, dtype) + dim * dtype.itemsize
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory):
+    """Runs a Hopper kernel of ``csrc/cuda`` on the CPU: the bytes that it wrote, and an error or None."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("emulator")
+    program, read, written = (folder / name for name in ("hopper_emulator", "in", "out"))
+    source = Path(__file__).with_name("hopper_emulator.cpp")
+    flags = ("-std=c++17", "-O2", "-Wall", "-Wno-sign-compare", "-Wno-unknown-pragmas", "-Werror")
+    subprocess.run([compiler, *flags, f"-I{HOPPER_SOURCES}", source, "-o", program], check=True)
+
+    def run(kernel, tensors, sizes, clusters=1, seed=0, fault="none"):
+        read.write_bytes(b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors))
+        words = (program, kernel, read, written, clusters, seed, fault, *sizes)
+        done = subprocess.run([*map(str, words)], capture_output=True, text=True)
+        if done.returncode:
+            return None, done.stderr
+        return torch.frombuffer(bytearray(written.read_bytes()), dtype=torch.uint8), None
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def ptxas_output(tmp_path_factory):
+    """What ptxas says of the kernels of a source file for sm_90a."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+
+    @functools.cache
+    def compile_file(name):
+        target = (tmp_path_factory.mktemp("nvcc") / name).with_suffix(".o")
+        command = ["nvcc", "-arch=sm_90a", "-std=c++17", "-O3", "-Xptxas=-v", "-c", HOPPER_SOURCES / name]
+        done = subprocess.run([*command, "-o", target], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    return compile_file
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
-// Runs csrc/cuda/residual_mlp_kernel.cuh, the source that the GPU gets, on the CPU: every thread of a cluster is a fiber,
+// Runs the Hopper kernels of csrc/cuda, the source that the GPU gets, on the CPU: every thread of a cluster is a fiber,
 // and hopper.cuh's functions are emulated with the liberties the hardware has. Copies land late and in any order, products
 // read their operands when they are issued, when they are waited for or between, warps drift apart. What the hardware
 // would answer with a hang or with wrong numbers is an error here: waits that never end, phases that are missed, barriers
 // that overflow, operands that are still under way or were stored without a fence, thread blocks that have gone.
 //
-// hopper_emulator IN OUT ROWS HIDDEN CLUSTERS SEED IN_PLACE FAULT
-//   IN   x [ROWS, 384], W1 [HIDDEN, 384], W2 [384, HIDDEN] as bfloat16, b1 [HIDDEN], b2 [384] as float32
-//   OUT  results [ROWS + GUARD, 384] as bfloat16, their moments [ROWS + GUARD, 2] as float32
-//   FAULT  "none", or a mistake to make, to see that it is noticed
+// hopper_emulator KERNEL IN OUT CLUSTERS SEED FAULT SIZE...
+//   IN, OUT  files with what the kernel reads and writes, as its function below says
+//   FAULT    "none", or a mistake to make, to see that it is noticed
 #include <ucontext.h>
 
 #include <cmath>
@@ -371,7 +370,7 @@ inline void read_operand(
 inline void execute(Warp& warp) {
   const Product& p = warp.products.front();
   const Block& block = machine->blocks[warp.block];
-  static float left[16][16], right[128][16], transposed[16][128];
+  static float left[16][16], right[256][16], transposed[16][256];
   const std::uint32_t quarter = warp.number % 4;
   if (p.left_registers[0] == nullptr) {
     read_operand(block, p.left, quarter * 16, 16, left);
@@ -386,7 +385,7 @@ inline void execute(Warp& warp) {
   for (std::uint32_t n = 0; n < p.columns; ++n)
     for (int k = 0; k < 16; ++k) transposed[k][n] = right[n][k];
   for (std::uint32_t row = 0; row < 16; ++row) {
-    double sums[128];
+    double sums[256];
     const auto place = [&](std::uint32_t n) -> float& {
       return p.sums[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2];
     };
@@ -456,7 +455,13 @@ inline void wgmma_64x128(float (&c)[64], const std::uint32_t (&a)[4], std::uint6
 namespace {
 
 using namespace vitup::hopper;
-namespace mlp = vitup::residual_mlp;
+
+// How to run a kernel.
+struct Run {
+  std::uint32_t clusters;
+  std::uint64_t seed;
+  std::string fault;
+};
 
 void enter() {
   Machine& m = *machine;
@@ -467,34 +472,34 @@ void enter() {
   suspend();
 }
 
-void run_cluster(const mlp::Arguments& arguments, std::uint32_t cluster, std::uint32_t clusters, std::uint64_t seed,
-    const std::string& fault) {
+// Run a cluster of two thread blocks with `Shared` as their shared memory; `run_thread(shared, place)` is the kernel.
+template <class Shared, class RunThread>
+void run_cluster(const Run& run, std::uint32_t cluster, std::uint32_t threads, const RunThread& run_thread) {
   constexpr std::size_t STACK = 64 << 10;
   auto m = std::make_unique<Machine>();
   machine = m.get();
-  m->random.seed(seed * 1000 + cluster);
-  m->fault = fault;
+  m->random.seed(run.seed * 1000 + cluster);
+  m->fault = run.fault;
   m->copy_chance = std::vector{0.5, 0.05, 0.002}[m->random() % 3];
   m->eager_chance = std::vector{0.0, 0.3, 1.0}[m->random() % 3];
   for (Block& block : m->blocks) {
-    block.shared = static_cast<unsigned char*>(std::aligned_alloc(1024, sizeof(mlp::Shared)));
-    std::memset(block.shared, 0xff, sizeof(mlp::Shared));
-    block.words.assign(sizeof(mlp::Shared) / 4, Word::settled);
+    block.shared = static_cast<unsigned char*>(std::aligned_alloc(1024, sizeof(Shared)));
+    std::memset(block.shared, 0xff, sizeof(Shared));
+    block.words.assign(sizeof(Shared) / 4, Word::settled);
   }
-  m->warps.resize(2 * mlp::THREADS / 32);
+  m->warps.resize(2 * threads / 32);
   const std::uint32_t favoured = m->random() % 3;  // or none
   for (std::size_t i = 0; i < m->warps.size(); ++i) {
-    m->warps[i].block = i / (mlp::THREADS / 32), m->warps[i].number = i % (mlp::THREADS / 32);
+    m->warps[i].block = i / (threads / 32), m->warps[i].number = i % (threads / 32);
     m->warps[i].weight = m->random() % 100 + (m->warps[i].block == favoured ? 100 : 0);
   }
   m->body = [&](Fiber& me) {
-    auto& shared = *reinterpret_cast<mlp::Shared*>(m->blocks[me.block].shared);
-    mlp::run_thread(arguments, shared, {me.thread, me.block, cluster, clusters});
+    run_thread(*reinterpret_cast<Shared*>(m->blocks[me.block].shared), Place{me.thread, me.block, cluster, run.clusters});
   };
-  for (std::uint32_t i = 0; i < 2 * mlp::THREADS; ++i) {
+  for (std::uint32_t i = 0; i < 2 * threads; ++i) {
     m->fibers.push_back(std::make_unique<Fiber>());
     Fiber& fiber = *m->fibers.back();
-    fiber.thread = i % mlp::THREADS, fiber.block = i / mlp::THREADS, fiber.warp = &m->warps[i / 32];
+    fiber.thread = i % threads, fiber.block = i / threads, fiber.warp = &m->warps[i / 32];
     fiber.stack.reset(new char[STACK]);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -527,7 +532,7 @@ void run_cluster(const mlp::Arguments& arguments, std::uint32_t cluster, std::ui
   }
   for (const auto& fiber : m->fibers)
     if (!fiber->done) {
-      m->current = fiber->thread + fiber->block * mlp::THREADS;
+      m->current = fiber->thread + fiber->block * threads;
       fail("deadlock");
     }
   for (Block& block : m->blocks) std::free(block.shared);
@@ -548,28 +553,43 @@ void write(std::ofstream& file, const std::vector<Type>& values) {
   file.write(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(Type));
 }
 
-}  // namespace
+constexpr std::uint32_t GUARD = 300;  // rows behind the results that nobody may touch
 
-int main(int count, char** words) {
-  if (count != 9) return 2;
-  std::ifstream in(words[1], std::ios::binary);
-  std::ofstream out(words[2], std::ios::binary);
-  const std::uint32_t rows = std::atoi(words[3]), hidden = std::atoi(words[4]), clusters = std::atoi(words[5]);
-  constexpr std::uint32_t DIM = mlp::DIM, GUARD = 300;
+// residual_mlp ... ROWS HIDDEN IN_PLACE
+//   IN   x [ROWS, 384], W1 [HIDDEN, 384], W2 [384, HIDDEN] as bfloat16, b1 [HIDDEN], b2 [384] as float32
+//   OUT  results [ROWS + GUARD, 384] as bfloat16, their moments [ROWS + GUARD, 2] as float32
+void residual_mlp(std::ifstream& in, std::ofstream& out, const Run& run, const std::vector<std::uint32_t>& sizes) {
+  namespace mlp = vitup::residual_mlp;
+  const std::uint32_t rows = sizes.at(0), hidden = sizes.at(1);
+  constexpr std::uint32_t DIM = mlp::DIM;
   auto x = read<std::uint16_t>(in, std::size_t{rows} * DIM);
   const auto weight1 = read<std::uint16_t>(in, hidden * DIM), weight2 = read<std::uint16_t>(in, hidden * DIM);
   const auto bias1 = read<float>(in, hidden), bias2 = read<float>(in, DIM);
   std::vector<std::uint16_t> results((rows + GUARD) * DIM, 0xffff);
   std::vector<float> moments((rows + GUARD) * 2, NAN);
-  const bool in_place = std::string(words[7]) == "1";
+  const bool in_place = sizes.at(2);
   if (in_place) std::copy(x.begin(), x.end(), results.begin());
   const mlp::Arguments arguments{{in_place ? results.data() : x.data(), rows, DIM, mlp::ROWS, mlp::WIDE},
       {weight1.data(), hidden, DIM, mlp::CHUNK, mlp::WIDE},
       {weight2.data(), DIM, hidden, DIM / mlp::CLUSTER, mlp::CHUNK}, bias1.data(), bias2.data(), results.data(),
       moments.data(), rows, hidden};
-  for (std::uint32_t cluster = 0; cluster < clusters; ++cluster)
-    run_cluster(arguments, cluster, clusters, std::strtoull(words[6], nullptr, 10), words[8]);
+  for (std::uint32_t cluster = 0; cluster < run.clusters; ++cluster)
+    run_cluster<mlp::Shared>(run, cluster, mlp::THREADS,
+        [&](mlp::Shared& shared, const Place& at) { mlp::run_thread(arguments, shared, at); });
   write(out, results);
   write(out, moments);
-  return 0;
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  if (count < 7) return 2;
+  const std::string kernel = words[1];
+  std::ifstream in(words[2], std::ios::binary);
+  std::ofstream out(words[3], std::ios::binary);
+  const Run run{static_cast<std::uint32_t>(std::atoi(words[4])), std::strtoull(words[5], nullptr, 10), words[6]};
+  std::vector<std::uint32_t> sizes;
+  for (int i = 7; i < count; ++i) sizes.push_back(std::atoi(words[i]));
+  if (kernel == "residual_mlp") return residual_mlp(in, out, run, sizes), 0;
+  return 2;
 }

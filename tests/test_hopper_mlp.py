@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,40 +19,17 @@ from vitup_fast import extension
 from vitup_fast.ops import residual_mlp
 from vitup_fast.testing import Sizes, assert_within_budget, cast, residual_mlp_inputs
 
-SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 D, GUARD = 384, 300
 
 
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    program = tmp_path_factory.mktemp("emulator") / "hopper_emulator"
-    source = Path(__file__).with_name("hopper_emulator.cpp")
-    flags = ("-std=c++17", "-O2", "-Wall", "-Wno-sign-compare", "-Wno-unknown-pragmas", "-Werror")
-    subprocess.run([compiler, *flags, f"-I{SOURCES}", source, "-o", program], check=True)
-    return program
-
-
-def raw(*tensors):
-    """The bytes of tensors one after the other."""
-    return b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
-
-
-def emulate(emulator, folder, x, weights, *, clusters=1, seed=0, in_place=False, fault="none"):
+def emulate(emulator, x, weights, *, clusters=1, seed=0, in_place=False, fault="none"):
     """Results and moments of the kernel for rows ``[N, D]``, and what it did to memory beyond them."""
     layers = fold_mlp(*weights)
     rows, hidden = x.shape[0], layers.first.weight.shape[0]
-    source, target = folder / "in", folder / "out"
-    source.write_bytes(
-        raw(x, layers.first.weight, layers.second.weight, layers.first.bias, layers.second.bias)
-    )
-    words = (source, target, rows, hidden, clusters, seed, int(in_place), fault)
-    done = subprocess.run([emulator, *map(str, words)], capture_output=True, text=True)
-    if done.returncode:
-        return SimpleNamespace(error=done.stderr)
-    written = torch.frombuffer(bytearray(target.read_bytes()), dtype=torch.uint8)
+    tensors = (x, layers.first.weight, layers.second.weight, layers.first.bias, layers.second.bias)
+    written, error = emulator("residual_mlp", tensors, (rows, hidden, int(in_place)), clusters, seed, fault)
+    if error is not None:
+        return SimpleNamespace(error=error)
     split = (rows + GUARD) * D * 2
     results, moments = (
         written[:split].view(torch.bfloat16).view(-1, D),
@@ -84,9 +58,9 @@ def inputs(rows, hidden, seed, mean=0.0):
     [(1, 64, 1, 0), (256, 32, 1, 0), (257, 96, 1, 0), (192, 160, 1, 50), (700, 128, 2, 0), (300, 1536, 1, 0)],
 )
 @pytest.mark.parametrize("in_place", [False, True])
-def test_against_float64(emulator, tmp_path, rows, hidden, clusters, mean, in_place):
+def test_against_float64(emulator, rows, hidden, clusters, mean, in_place):
     x, weights = inputs(rows, hidden, seed=rows, mean=mean)
-    emulated = emulate(emulator, tmp_path, x[0], weights, clusters=clusters, seed=rows, in_place=in_place)
+    emulated = emulate(emulator, x[0], weights, clusters=clusters, seed=rows, in_place=in_place)
     assert emulated.error is None
     assert emulated.untouched
     arguments = {"x": x, "weights": weights}
@@ -100,42 +74,31 @@ def test_against_float64(emulator, tmp_path, rows, hidden, clusters, mean, in_pl
     torch.testing.assert_close(emulated.moments[:, 1].double(), deviation.square().sum(1), rtol=1e-2, atol=0)
 
 
-def test_schedules(emulator, tmp_path):
+def test_schedules(emulator):
     """Whatever comes first, the results are the same."""
     x, weights = inputs(300, 96, seed=1)
-    runs = [emulate(emulator, tmp_path, x[0], weights, seed=seed) for seed in range(8)]
+    runs = [emulate(emulator, x[0], weights, seed=seed) for seed in range(8)]
     assert [r.error for r in runs] == [None] * len(runs)
     assert all(torch.equal(r.results, runs[0].results) for r in runs)
     assert all(torch.equal(r.moments, runs[0].moments) for r in runs)
 
 
 @pytest.mark.parametrize("fault", ["count", "warps", "bytes", "wait", "fence", "exit"])
-def test_mistakes_show(emulator, tmp_path, fault):
+def test_mistakes_show(emulator, fault):
     x, weights = inputs(600, 128, seed=1)
-    runs = [emulate(emulator, tmp_path, x[0], weights, seed=seed, fault=fault) for seed in range(3)]
+    runs = [emulate(emulator, x[0], weights, seed=seed, fault=fault) for seed in range(3)]
     assert all(r.error is not None and r.error.startswith("emulator: ") for r in runs)
 
 
-@pytest.fixture(scope="module")
-def compiler_output(tmp_path_factory):
-    """What ptxas says of the kernel."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc")
-    target = tmp_path_factory.mktemp("nvcc") / "residual_mlp.o"
-    command = ["nvcc", "-arch=sm_90a", "-std=c++17", "-O3", "-Xptxas=-v", "-c", SOURCES / "residual_mlp.cu"]
-    done = subprocess.run([*command, "-o", target], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
-def test_registers(compiler_output):
-    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in compiler_output
+def test_registers(ptxas_output):
+    output = ptxas_output("residual_mlp.cu")
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in output
     # What 384 threads may have at the start; consumers then take what producers give.
-    assert re.search(r"Used 168 registers", compiler_output)
+    assert re.search(r"Used 168 registers", output)
 
 
-def test_products_are_not_serialised(compiler_output):
-    assert not re.findall(r"C75\d\d", compiler_output)
+def test_products_are_not_serialised(ptxas_output):
+    assert not re.findall(r"C75\d\d", ptxas_output("residual_mlp.cu"))
 
 
 @pytest.mark.skipif(extension.obstacle("cuda") is not None, reason="the CUDA kernels are not built")

@@ -52,6 +52,13 @@ struct Pair {
   float of[2];
 };
 
+// Where a thread stands.
+struct Place {
+  std::uint32_t thread;             // of the thread block
+  std::uint32_t block;              // of the cluster
+  std::uint32_t cluster, clusters;  // of the grid
+};
+
 // Position in a ring of SLOTS: producer and consumers walk it alike. Phase flips with every round.
 template <std::uint32_t SLOTS>
 struct Ring {

@@ -38,6 +38,8 @@
 
 #include <cstdint>
 
+#include "accumulator.cuh"
+
 namespace vitup::residual_mlp {
 
 using namespace hopper;
@@ -78,13 +80,6 @@ struct alignas(1024) Shared {
 };
 
 static_assert(sizeof(Shared) <= 227 * 1024, "a thread block has 227 KiB of shared memory");
-
-// Where a thread stands.
-struct Place {
-  std::uint32_t thread;             // of the thread block
-  std::uint32_t block;              // of the cluster
-  std::uint32_t cluster, clusters;  // of the grid
-};
 
 VITUP_DEVICE void init_barriers(Shared& shared) {
   for (std::uint32_t slot = 0; slot < SLOTS; ++slot) {
@@ -135,20 +130,6 @@ VITUP_DEVICE void produce_rows(const Arguments& a, Shared& shared, const Place& 
     }
     phase ^= 1;
   }
-}
-
-// x Phi(x), Phi by the hardware's tanh: 8 instructions, as exact as bfloat16 can show.
-VITUP_DEVICE float gelu(float x) {
-  const float square = fminf(x * x, 36.0f);
-  const float logit = x * fmaf(square, fmaf(square, -3.516701170e-04f, 3.700658995e-02f), 7.975068470e-01f);
-  const float half = 0.5f * x;
-  return fmaf(half, tanh_approx(logit), half);
-}
-
-// Sum over the four threads that share a row.
-VITUP_DEVICE float row_sum(float part) {
-  part += shuffle_xor(part, 1);
-  return part + shuffle_xor(part, 2);
 }
 
 // The sums of a consumer: 64 rows of DIM columns, a third of them each. A thread holds parts of two rows, `half` 0 and 1,
@@ -243,7 +224,7 @@ VITUP_DEVICE void begin_tile(
   }
 }
 
-// Write a consumer's results. Threads of a row exchange values until each has 8 columns side by side, 16 bytes.
+// Write a consumer's results.
 VITUP_DEVICE void end_tile(const Arguments& a, const Sums& sums, std::uint32_t first_row, std::uint32_t thread) {
   const std::uint32_t row = first_row + accumulator_row(thread), quarter = thread % 4;
   if (a.out_moments != nullptr) {
@@ -255,7 +236,6 @@ VITUP_DEVICE void end_tile(const Arguments& a, const Sums& sums, std::uint32_t f
       store_pair(a.out_moments + std::uint64_t{row + 8 * half} * 2, {{mean.of[half], squares.of[half]}});
     }
   }
-  const bool odd = quarter % 2, high = quarter / 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const bool stored = row + 8 * half < a.rows;
@@ -264,22 +244,13 @@ VITUP_DEVICE void end_tile(const Arguments& a, const Sums& sums, std::uint32_t f
     for (int part = 0; part < PARTS; ++part)
 #pragma unroll
       for (int piece = 0; piece < PART_PIECES; piece += 4) {
-        std::uint32_t pairs[4];  // of thread i's own columns in piece j: transposed, i and j exchanged
+        std::uint32_t pairs[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const float* values = &sums[part][4 * (piece + j) + 2 * half];
           pairs[j] = pack_bfloat16(values[0], values[1]);
         }
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const std::uint32_t received = shuffle_xor(high ? pairs[j] : pairs[j + 2], 2);
-          (high ? pairs[j] : pairs[j + 2]) = received;
-        }
-#pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-          const std::uint32_t received = shuffle_xor(odd ? pairs[j] : pairs[j + 1], 1);
-          (odd ? pairs[j] : pairs[j + 1]) = received;
-        }
+        transpose_row(pairs, quarter);
         if (stored) store_16_bytes(out + part * PART_COLUMNS + piece * 8, pairs);
       }
   }
