@@ -317,7 +317,7 @@ def test_reading_computing_and_writing_overlap(job, monkeypatch):
             return function(*arguments)
 
         monkeypatch.setattr(work.Worker, name, slow)
-    monkeypatch.setattr(work.Worker, "_blend_batch", lambda *_: None)
+    monkeypatch.setattr(work.Worker, "_blend_batch", lambda *_: work.Spent())
     job()
     reading, computing, writing = spans.values()
     assert len(reading) == len(computing) > 15

@@ -78,6 +78,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     windows.add_argument(
         "--overlap", type=float, default=0.5, help="share of a window that the next one sees (0.5)"
     )
+    windows.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="T",
+        help="interpolate cells where that is expected to be off by less, such as 0.1, or 1 for labels alone "
+        "(compute all)",
+    )
     windows.add_argument("--batch", type=int, help="windows at once (8 on a GPU, 1 on a CPU)")
     windows.add_argument("--max-memory", default=f"{MAX_MEMORY >> 30}G", help="of all workers' buffers (4G)")
     windows.add_argument("--workers", type=int, default=1, help="processes on this machine (1)")
@@ -98,6 +105,9 @@ def run(args: argparse.Namespace) -> int:
     require("timm", "giga", "building a backbone")
     if args.points and args.mask:
         raise expected("--points", "no --mask beside it", args.mask)
+    if args.points and args.tolerance is not None:
+        remedy = "Points have no lattice to interpolate on."
+        raise expected("--points", "no --tolerance beside it", args.tolerance, remedy)
     shard, max_memory = _shard(args.shard), _bytes(args.max_memory)
     with interruptible():
         try:
@@ -152,6 +162,7 @@ def _giga(args: argparse.Namespace, shard: tuple[int, int], max_memory: int) -> 
                 features=args.features,
                 stride=args.stride,
                 overlap=args.overlap,
+                tolerance=args.tolerance,
                 mask=args.mask,
                 format=args.format,
                 max_memory=max_memory,
@@ -162,6 +173,12 @@ def _giga(args: argparse.Namespace, shard: tuple[int, int], max_memory: int) -> 
         return 0
     for name, path in summary.outputs.items():
         print(f"{name} -> {brief(path, 500)}")
+    if summary.spent is not None:
+        (error,) = summary.spent.error
+        print(
+            f"{summary.spent.share:.1%} of the {summary.spent.cells:,} cells of all windows computed, "
+            f"the rest interpolated with an estimated error of {error:.2%}."
+        )
     if summary.missing:
         print(f"{summary.windows:,} windows computed; {summary.missing:,} parts are left for other shares.")
     if summary.faults:

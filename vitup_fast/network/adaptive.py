@@ -188,11 +188,11 @@ class Refinement:
 
     Args:
         size: rows and columns of cells, (H, W).
-        token_grid: rows and columns of tokens, (h, w).
+        token_grid: rows and columns of tokens under the cells, (h, w).
         device: of the map.
     """
 
-    def __init__(self, size: tuple[int, int], token_grid: tuple[int, int], device: torch.device) -> None:
+    def __init__(self, size: tuple[int, int], token_grid: tuple[float, float], device: torch.device) -> None:
         self.size = size
         # An axis of one cell has nothing to refine.
         per_token = min((n / t for n, t in zip(size, token_grid, strict=True) if n > 1), default=1.0)

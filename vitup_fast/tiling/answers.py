@@ -14,7 +14,9 @@ from torch import Tensor
 from ..errors import InputError, brief, expected, require
 from ..heads import head_parameters
 from ..images import write_atomically
+from ..network.adaptive import AdaptiveReport, Refinement
 from ..upsampler import Upsampler
+from .plan import ADAPTIVE_CELLS
 
 FEATURES = ("float16", "int8")
 PALETTE_SAMPLES = 4096
@@ -74,6 +76,13 @@ class Answers:
         linear = dim if self.features else len(self._linear()[0])
         return linear + (0 if self.similar is None else len(self.similar))
 
+    def decoded(self, dim: int) -> list[int]:
+        """Numbers that the network makes of a cell: features, or scores and components."""
+        if not self._folds:
+            return [dim]
+        components = 0 if self.basis is None else self.basis.components.shape[1]
+        return [n for n in (self.classes, components) if n]
+
     def products(self, dim: int) -> tuple[Product, ...]:
         """Arrays of the output."""
         found = []
@@ -91,6 +100,13 @@ class Answers:
         if self.features == "int8":
             found.append(Product("scale", None, "float32", 0))
         return tuple(found)
+
+    @property
+    def by_margin(self) -> bool:
+        """Whether labels are all that is asked, so that a tolerance is one of the margin between scores."""
+        return (
+            self.labels and not (self.scores or self.features) and self.basis is None and self.similar is None
+        )
 
     def named_tensors(self) -> list[tuple[str, Tensor]]:
         """All that determines the answers beside the model."""
@@ -137,13 +153,70 @@ class Answers:
         Returns:
             Numbers in float32 on the model's device.
         """
-        head = self._linear() if not self.features and self.similar is None else None
+        head = self._linear() if self._folds else None
         if coords is None:
             out = model.dense(images, size, head=head)
         else:
             out = model(images, coords, head=head).unflatten(1, size)
-        out = out.float()
-        if head is not None:
+        return self._blended(out.float())
+
+    def of_windows_adaptively(
+        self,
+        model: Upsampler,
+        images: Tensor,
+        size: tuple[int, int],
+        coords: Tensor,
+        pitch: float,
+        tolerance: float,
+    ) -> tuple[Tensor, AdaptiveReport]:  # [B, h, w, channels]
+        """Compute what is blended of a batch of windows where it changes, and interpolate the rest.
+
+        Scores and components have a root mean square each, to which the tolerance is relative; so have features, and
+        what is made of them. Labels alone take it relative to the margin between the two largest scores.
+
+        Args:
+            model: see :meth:`of_windows`, as the next three.
+            images: normalised windows.  # [B, 3, H, W]
+            size: rows and columns of cells, (h, w).
+            coords: (x, y) of the cells in [0, 1].  # [B, h * w, 2]
+            pitch: from one cell to the next, as a share of the window's side.
+            tolerance: see :meth:`ViTUp.dense`, above 0.
+
+        Returns:
+            Numbers in float32 on the model's device, and what they have cost.
+        """
+        model.set_images(images)
+        cache, network, coords = model.get_cache_data(), model.vit_up, coords.to(model.device)
+        head = self._linear() if self._folds else None
+        widths = self.decoded(network.config.dim)
+        limits = {"query_chunk_size": model.query_chunk_size, "max_memory": model.max_memory}
+        B, cells, dtype = len(images), size[0] * size[1], network.compute_dtype
+        outputs = [torch.empty(B, cells, width, dtype=dtype, device=model.device) for width in widths]
+        tokens = tuple(n * pitch * t for n, t in zip(size, cache.token_grid, strict=True))
+        refinement = Refinement(size, tokens, model.device)
+        queries, errors = [], []
+        for i in range(B):
+
+            def ask(part: Tensor, i: int = i) -> tuple[Tensor, ...]:
+                found = network(cache[i], coords[i : i + 1, part], head=head, **limits)[0]
+                return found.split(widths, dim=-1)
+
+            layers = [output[i] for output in outputs]
+            asked, error = refinement.fill(layers, ask, tolerance, self.by_margin, ADAPTIVE_CELLS)
+            queries.append(asked)
+            errors.append(error)
+        out = torch.cat([output.float() for output in outputs], dim=-1) if len(outputs) > 1 else outputs[0]
+        report = AdaptiveReport(cells, tuple(queries), tuple(torch.stack(errors).tolist()))
+        return self._blended(out.float().unflatten(1, size)), report
+
+    @property
+    def _folds(self) -> bool:
+        """Whether all that is asked is linear, so that features are never made."""
+        return not self.features and self.similar is None
+
+    def _blended(self, out: Tensor) -> Tensor:  # [B, h, w, channels]
+        """Make what is blended of features or, if all is linear, of what the network has made of them."""
+        if self._folds:
             return out
         parts = [out]
         if not self.features:

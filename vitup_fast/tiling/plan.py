@@ -18,9 +18,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import expected
+from ..network.adaptive import held_bytes
 
 BLOCK_STEPS = 16  # window steps along a block's side: one row of windows in 17 is computed twice
 PIECE_BYTES = 48 << 20  # pixels that are read at once; glibc gives more than 32 MiB back when they are freed
+ADAPTIVE_CELLS = 4096  # of an adaptive window, asked for or interpolated at once
 QUEUED = 2  # columns of windows read ahead, and blocks that wait to be written
 
 
@@ -194,6 +196,7 @@ def make_grid(
     chunk: int,
     max_memory: int,
     known: tuple[int, int] | None = None,
+    adaptive: int = 0,
 ) -> Grid:
     """Choose blocks that memory can hold.
 
@@ -207,6 +210,7 @@ def make_grid(
         chunk: the largest side of a chunk in cells.
         max_memory: bytes for buffers of one worker.
         known: block and chunk of a run that is continued.
+        adaptive: see :func:`memory`.
 
     Raises:
         InputError: no cell, or not enough memory for the smallest block.
@@ -226,7 +230,7 @@ def make_grid(
         sides.append((max(1, target // side) * side, side))
     for block, side in sides:
         grid = Grid(*size, window, overlap, stride, block, side)
-        needed = memory(grid, channels, pixel_bytes)
+        needed = memory(grid, channels, pixel_bytes, adaptive)
         if needed <= max_memory:
             return grid
     raise expected(
@@ -234,12 +238,20 @@ def make_grid(
     )
 
 
-def memory(grid: Grid, channels: int, pixel_bytes: int) -> int:
-    """Upper bound of the buffers of one worker in bytes: pixels read ahead, sums, and blocks on their way to disk."""
+def memory(grid: Grid, channels: int, pixel_bytes: int, adaptive: int = 0) -> int:
+    """Upper bound of the buffers of one worker in bytes: pixels read ahead, sums, and blocks on their way to disk.
+
+    With a tolerance, also what is known of the cells of an adaptive window, of each of which the network makes
+    ``adaptive`` numbers.
+    """
     block = grid.block
     rows = block * grid.stride + 2 * grid.window
     windows = math.ceil(min(rows, grid.height + grid.window) / grid.step)
     pixels = (QUEUED + 2) * windows * grid.window**2 * pixel_bytes
     sums = block * (block + grid.window_cells) * (channels + 1) * 4
     waiting = (QUEUED + 1) * 2 * block**2 * (channels + 1) * 4
-    return int(pixels + sums + waiting + 3 * PIECE_BYTES)
+    lattices = 0
+    if adaptive:
+        lattices = held_bytes((grid.window_cells, grid.window_cells), 0)
+        lattices += ADAPTIVE_CELLS * (4 * 4 * adaptive + 128)
+    return int(pixels + sums + waiting + lattices + 3 * PIECE_BYTES)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +27,7 @@ from .. import __version__
 from ..errors import InputError, brief, expected, require
 from ..files import byte_size, digest_file, digest_tensors, read_record
 from ..heads import head_parameters
+from ..network.adaptive import AdaptiveReport, check_tolerance
 from ..upsampler import Upsampler
 from .answers import (
     FEATURES,
@@ -54,7 +55,7 @@ from .resume import (
     make_folder,
     write_json,
 )
-from .work import Job, Pixels, Source, missing_blocks, part_name, seconds_per_window
+from .work import Job, Pixels, Source, Spent, missing_blocks, part_name, seconds_per_window
 from .write import (
     FORMATS,
     Placement,
@@ -80,11 +81,13 @@ class Estimate(NamedTuple):
     seconds: float
     bytes: int  # before compression, on the disk
     memory: int  # bytes of all workers' buffers, beside models and their passes
+    adaptive: bool = False  # whether a tolerance saves some of the time
 
     def __str__(self) -> str:
         """Return one line."""
+        saved = " less what the tolerance saves, which only the image decides" if self.adaptive else ""
         return (
-            f"{self.windows:,} windows at most, about {_duration(self.seconds)}, "
+            f"{self.windows:,} windows at most, about {_duration(self.seconds)}{saved}, "
             f"up to {byte_size(self.bytes)} on disk, {byte_size(self.memory)} of buffers"
         )
 
@@ -94,8 +97,9 @@ class Summary(NamedTuple):
 
     outputs: dict[str, Path]  # finished files by the names of their products; none while blocks are missing
     faults: tuple[str, ...]  # tiles of the input that could not be decoded
-    windows: int  # computed in this run
+    windows: int  # computed that begin in this run's blocks
     missing: int  # blocks that other shares still have to make
+    spent: AdaptiveReport | None = None  # with a tolerance: cells of all windows, this run's and those before
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,7 @@ def upsample(
     features: str | None = None,
     stride: float | str | Fraction = 1,
     overlap: float = 0.5,
+    tolerance: float | None = None,
     mask: str | os.PathLike[str] | None = None,
     format: str = ".ome.zarr",
     max_memory: int = MAX_MEMORY,
@@ -243,6 +248,11 @@ def upsample(
         features: write blended features as "float16", or as "int8" with a float32 scale for each cell.
         stride: pixels between cells; fractions as 0.5 or "1/3".
         overlap: share of a window that the next one sees too, from 0 to 0.75; blended by raised cosines.
+        tolerance: None computes every cell of every window. A number makes windows adaptive, as the maps of
+            :meth:`ViTUp.dense` are: some cells are computed, and those interpolated that are expected to be off by
+            less, relative to the root mean square in their window, or to the margin between the two largest scores
+            where labels are all that is asked. 0.1 to 0.2 suit features, scores and pictures, 0.5 to 2 labels alone;
+            0 computes all.
         mask: foreground, a file or "otsu"; see :func:`foreground`.
         format: suffix of the files in a folder.
         max_memory: bytes of all workers' buffers, beside models and their passes.
@@ -255,6 +265,7 @@ def upsample(
         InputError: an argument, a file or a disk that does not fit.
         MissingPackageError: an optional package is needed.
     """
+    tolerance = check_tolerance(tolerance)
     wanted = Options(**options)
     sharing, described = wanted.sharing(), wanted.source(source)
     source, output = described.path, Path(output).absolute()
@@ -294,6 +305,7 @@ def upsample(
             256,
             max_memory // sharing.workers,
             (begun["block"], begun["chunk"]) if {"block", "chunk"} <= begun.keys() else None,
+            sum(planned.decoded(dim)) if tolerance else 0,
         )
         stores, targets = _name_outputs(home, output, products, format, grid, plane)
         _check_home(output, home, targets, record)
@@ -311,11 +323,12 @@ def upsample(
             "answers": digest_tensors(answers.named_tensors()),
             "features": features,
             "pca": components,
+            **({} if tolerance is None else {"tolerance": tolerance}),
         }
         state = Progress(home)
         root = home if home == output else output.parent
         batch = wanted.batch_of(model)
-        job = Job(described, grid, planned, found, home, root, stores, batch, wanted.strict)
+        job = Job(described, grid, planned, found, home, root, stores, batch, wanted.strict, tolerance)
         done = finished_before(home, settings, record)
         if done is not None:
             return done
@@ -349,8 +362,12 @@ def upsample(
     computed = sum(s["computed"] for block, s in zip(every, sidecars, strict=True) if s and block in own)
     faults = sorted({fault for s in sidecars if s for fault in s["faults"]})
     left = sum(not s for s in sidecars)
+    spent = None
+    if tolerance is not None:
+        sums = Spent().plus(*(Spent(**s["spent"]) for s in sidecars if s))
+        spent = sums.report(answers.by_margin)
     if left:
-        return Summary({}, tuple(faults), computed, left)
+        return Summary({}, tuple(faults), computed, left, spent)
     with alone(home):
         # Another share may have been faster.
         done = finished_before(home, settings, record or state.record())
@@ -365,6 +382,7 @@ def upsample(
             - sum(s["computed"] for s in sidecars),
             "megapixels": round(math.prod(size) / 1e6, 3),
             "faults": faults,
+            **({} if spent is None else {"spent": asdict(spent)}),
             "outputs": {
                 name: {"file": os.path.relpath(path, home), "digest": digest_file(path)}
                 for name, path in targets.items()
@@ -377,7 +395,7 @@ def upsample(
         for path in targets.values():
             if path.is_file():
                 shutil.rmtree(home / BLOCKS, ignore_errors=True)
-    return Summary(dict(targets), tuple(faults), computed, 0)
+    return Summary(dict(targets), tuple(faults), computed, 0, spent)
 
 
 def read_answers(
@@ -491,7 +509,10 @@ def finished_before(home: Path, settings: dict[str, Any], record: dict[str, Any]
         if not path.exists() or digest_file(path) != entry["digest"]:
             return None
         outputs[name] = Path(os.path.normpath(path))
-    return Summary(outputs, tuple(summary["faults"]), 0, 0)
+    spent = summary.get("spent")
+    if spent is not None:
+        spent = AdaptiveReport(spent["cells"], tuple(spent["queries"]), tuple(spent["error"]))
+    return Summary(outputs, tuple(summary["faults"]), 0, 0, spent)
 
 
 def _share(grid: Grid, shard: tuple[int, int]) -> list[tuple[int, int]]:
@@ -522,8 +543,10 @@ def _estimate(
         whole = (product.channels or 1) * np.dtype(product.dtype).itemsize
         cell_bytes += whole if product.name in ("features", "scale") else whole * 4 / 3
     copies = 1 if all(format_of(t).endswith("zarr") for t in targets.values()) else 3
-    memory = sharing.workers * buffer_bytes(grid, job.answers.channels(dim), 4 * 3)
-    return Estimate(windows, windows * each / sharing.workers, int(cells * cell_bytes * copies), memory)
+    adaptive = sum(job.answers.decoded(dim)) if job.tolerance else 0
+    memory = sharing.workers * buffer_bytes(grid, job.answers.channels(dim), 4 * 3, adaptive)
+    seconds = windows * each / sharing.workers
+    return Estimate(windows, seconds, int(cells * cell_bytes * copies), memory, bool(adaptive))
 
 
 def check_space(home: Path, estimate: Estimate) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import queue
 import sys
 import threading
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, brief
+from ..network.adaptive import AdaptiveReport
 from ..upsampler import Upsampler
 from .answers import Answers
 from .plan import PIECE_BYTES, QUEUED, Grid, Segment, Span
@@ -123,6 +125,7 @@ class Job:
         stores: where each product goes.
         batch: windows computed at once.
         strict: whether a broken tile ends the run.
+        tolerance: of adaptive windows; None computes all cells.
     """
 
     source: Source
@@ -134,6 +137,7 @@ class Job:
     stores: tuple[Store, ...]
     batch: int
     strict: bool
+    tolerance: float | None = None
 
     def worker(self, model: Upsampler, tick: Callable[[int], object]) -> Worker:
         """Make a worker that reports windows done."""
@@ -301,6 +305,8 @@ class Worker:
                 store.write(block.row, block.column, products[store.product.name])
             files = [store.file(block.row, block.column) for store in job.stores]
             facts = {"computed": block.computed, "faults": sorted(block.faults)}
+            if job.tolerance is not None:
+                facts["spent"] = block.spent._asdict()
             self.progress.finish(part_name(block.row, block.column), job.output, files, facts)
         except OSError as error:
             reason = error.strerror or str(error)
@@ -379,24 +385,40 @@ class Worker:
             parts = -(-len(windows) // self.job.batch)
             edges = [len(windows) * i // parts for i in range(parts + 1)]
             for a, b in pairwise(edges):
-                self._blend_batch(windows[a:b], column.span, regular, sums)
-                sums.computed += b - a
+                spent = self._blend_batch(windows[a:b], column.span, regular, sums)
+                # A window counts for the block that it begins in, however the row was cut and continued.
+                if column.span.first >= sums.left:
+                    sums.computed += b - a
+                    sums.spent = sums.spent.plus(spent)
                 self.tick(b - a)
         if column.skipped:
             self.tick(column.skipped)
 
     def _blend_batch(
         self, windows: list[tuple[Span, np.ndarray]], span: Span, regular: bool, sums: _Sums
-    ) -> None:
+    ) -> Spent:
         """Compute windows that have as many cells each, and add them."""
         rows = [row for row, _ in windows]
         images = self.pixels.normalised([pixels for _, pixels in windows])
         size = rows[0].last - rows[0].first, span.last - span.first
-        coords = None if regular else torch.stack([self._coords(row, span) for row in rows])
-        out = self.answers.of_windows(self.model, images, size, coords)
+        tolerance = self.job.tolerance
+        coords = None
+        if tolerance or not regular:
+            coords = torch.stack([self._coords(row, span) for row in rows])
+        if tolerance:
+            pitch = float(self.job.grid.stride / self.job.grid.window)
+            out, report = self.answers.of_windows_adaptively(
+                self.model, images, size, coords, pitch, tolerance
+            )
+            spent = Spent.of(report, self.answers.by_margin)
+        else:
+            out = self.answers.of_windows(self.model, images, size, coords)
+            cells = len(rows) * size[0] * size[1]
+            spent = Spent(cells, cells)
         for row, values in zip(rows, out, strict=True):
             weight = self._weight(row)[:, None] * self._weight(span)
             sums.add(row, span, values, weight)
+        return spent
 
     def _coords(self, row: Span, span: Span) -> Tensor:  # [h * w, 2]
         """Cell centres of a window in [0, 1]."""
@@ -414,6 +436,29 @@ class Worker:
         return self._weights[span]
 
 
+class Spent(NamedTuple):
+    """What adaptive windows have cost, and how far they may be off."""
+
+    cells: int = 0
+    queries: int = 0
+    error: float = 0.0  # sum over the cells: of squares of the relative error, or of chances of another label
+
+    def plus(self, *others: Spent) -> Spent:
+        """Add up."""
+        return Spent(*map(sum, zip(self, *others, strict=True)))
+
+    @classmethod
+    def of(cls, report: AdaptiveReport, by_margin: bool) -> Spent:
+        """Sum up a batch of windows."""
+        errors = (error if by_margin else error**2 for error in report.error)
+        return cls(report.cells * len(report.queries), sum(report.queries), report.cells * sum(errors))
+
+    def report(self, by_margin: bool) -> AdaptiveReport:
+        """Say what all windows together have cost."""
+        mean = self.error / max(1, self.cells)
+        return AdaptiveReport(self.cells, (self.queries,), (mean if by_margin else math.sqrt(mean),))
+
+
 class _Block(NamedTuple):
     """A block that all its windows were added to."""
 
@@ -422,8 +467,9 @@ class _Block(NamedTuple):
     sums: Tensor  # [h, w, channels]
     norm: Tensor  # [h, w]
     valid: np.ndarray  # [h, w] bool
-    computed: int
+    computed: int  # windows that begin in it
     faults: frozenset[str]
+    spent: Spent
 
 
 class _Sums:
@@ -439,6 +485,7 @@ class _Sums:
         self.valid = np.zeros(shape, bool)
         self.computed = 0
         self.faults: set[str] = set()
+        self.spent = Spent()
 
     @property
     def end(self) -> int:
@@ -479,6 +526,7 @@ class _Sums:
             self.valid[:, :width].copy(),
             self.computed,
             frozenset(self.faults),
+            self.spent,
         )
         for array in (self.sums, self.norm, self.valid):
             rest = array.shape[1] - block
@@ -488,7 +536,7 @@ class _Sums:
             array[:, rest:] = 0
         self.left += block
         self.block += 1
-        self.computed, self.faults = 0, set()
+        self.computed, self.faults, self.spent = 0, set(), Spent()
         return taken
 
 
