@@ -67,10 +67,22 @@ def gelu_with_gradient(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def sine_cosine(turns):
-    """Sine and cosine of an angle given in turns, to the last digits of float32."""
+def sine_cosine(turns, DTYPE: tl.constexpr):
+    """Sine and cosine of an angle of at most half a turn, given in turns, as exact as ``DTYPE`` can show.
+
+    To the last digits of float32, or by the hardware's instructions to 2^-20 for numbers of 16 bits.
+    """
     if turns.dtype == tl.float64:
         return tl.sin(turns * 6.283185307179586), tl.cos(turns * 6.283185307179586)
+    elif DTYPE.primitive_bitwidth == 16 and not INTERPRETED:
+        return tl.inline_asm_elementwise(
+            "sin.approx.f32 $0, $2; cos.approx.f32 $1, $2;",
+            "=&r,=r,r",
+            [turns * 6.283185307179586],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
     else:
         quarters = tl.floor(turns * 4.0 + 0.5)
         x = (turns - quarters * 0.25) * 6.283185307179586  # at most pi / 4

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...ops.film_mlp import check_indices
 from .common import (
+    fractional_turns,
     launch,
     layer_norm_backward,
     nearest_relative,
@@ -27,7 +28,16 @@ from .residual_mlp import FoldedMLP, fold_mlp, normed_mlp_backward
 
 @triton.jit
 def position_waves(
-    p_coords, p_freqs, o_row, m_row, o_column, token_h, token_w, BANDS: tl.constexpr, ACC: tl.constexpr
+    p_coords,
+    p_freqs,
+    o_row,
+    m_row,
+    o_column,
+    token_h,
+    token_w,
+    BANDS: tl.constexpr,
+    ACC: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """For each column of the position code: relative position, frequency, sine, cosine, and whether along x."""
     _, rx = nearest_relative(tl.load(p_coords + 2 * o_row, mask=m_row, other=0.0), token_w)
@@ -37,7 +47,7 @@ def position_waves(
     along_x = tl.where(is_angle, angle // BANDS % 2 == 0, o_column == 0)[None, :]
     relative = tl.where(along_x, rx[:, None], ry[:, None]).to(ACC)
     frequency = tl.load(p_freqs + angle % BANDS, mask=is_angle, other=0.0).to(ACC)
-    sine, cosine = sine_cosine(relative * (frequency * 0.5)[None, :])
+    sine, cosine = sine_cosine(fractional_turns(relative * (frequency * 0.5)[None, :], ACC), DTYPE)
     return relative, frequency, sine, cosine, along_x
 
 
@@ -60,7 +70,7 @@ def position_code_kernel(
     o_column = tl.arange(0, BLOCK_D)
     m_row = o_row < M
     relative, _, sine, cosine, _ = position_waves(
-        p_coords, p_freqs, o_row, m_row, o_column, token_h, token_w, BANDS, ACC
+        p_coords, p_freqs, o_row, m_row, o_column, token_h, token_w, BANDS, ACC, p_code.dtype.element_ty
     )
     angle = o_column - 2
     is_angle = (angle >= 0) & (angle < 4 * BANDS)
@@ -91,7 +101,7 @@ def position_code_backward_kernel(
     o_column = tl.arange(0, BLOCK_D)
     m_row = o_row < M
     _, frequency, sine, cosine, along_x = position_waves(
-        p_coords, p_freqs, o_row, m_row, o_column, token_h, token_w, BANDS, ACC
+        p_coords, p_freqs, o_row, m_row, o_column, token_h, token_w, BANDS, ACC, p_grad_code.dtype.element_ty
     )
     angle = o_column - 2
     is_angle = (angle >= 0) & (angle < 4 * BANDS)

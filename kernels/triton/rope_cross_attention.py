@@ -45,14 +45,24 @@ def rotate(b_x, cosine, sine, BLOCK_M: tl.constexpr, HEAD: tl.constexpr):
 
 
 @triton.jit
-def rotation(p_coords, p_inv_freq, o_row, m_row, token_h, token_w, HEAD: tl.constexpr, ACC: tl.constexpr):
+def rotation(
+    p_coords,
+    p_inv_freq,
+    o_row,
+    m_row,
+    token_h,
+    token_w,
+    HEAD: tl.constexpr,
+    ACC: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     """Cosines and sines of the channel pairs of one head: the first half turns with x, the second with y."""
     o_pair = tl.arange(0, HEAD // 2)
     x = tl.load(p_coords + 2 * o_row, mask=m_row, other=0.0) * token_w
     y = tl.load(p_coords + 2 * o_row + 1, mask=m_row, other=0.0) * token_h
     frequency = tl.load(p_inv_freq + o_pair % (HEAD // 4)).to(x.dtype)
     turns = tl.where((o_pair < HEAD // 4)[None, :], x[:, None], y[:, None]) * frequency[None, :]
-    sine, cosine = sine_cosine(fractional_turns(turns, ACC))
+    sine, cosine = sine_cosine(fractional_turns(turns, ACC), DTYPE)
     return cosine, sine
 
 
@@ -145,7 +155,9 @@ def rope_cross_attention_kernel(
     else:
         row_sum = tl.load(p_row_sum + i_head * HEAD + o_head)[None, :]
         query = query * rstd[:, None] + (bias - (mean * rstd)[:, None] * row_sum)
-    cosine, sine = rotation(p_coords, p_inv_freq, o_row, m_row, token_h, token_w, HEAD, ACC)
+    cosine, sine = rotation(
+        p_coords, p_inv_freq, o_row, m_row, token_h, token_w, HEAD, ACC, p_x.dtype.element_ty
+    )
     query = rotate(query, cosine, sine, BLOCK_M, HEAD).to(p_x.dtype.element_ty)
 
     o_keys = (i_image * HEADS + i_head) * T * HEAD
@@ -308,7 +320,9 @@ def rope_cross_attention_query_backward_kernel(
     o_position = (o_row * HEADS + i_head) * 2
     tl.store(p_grad_position + o_position, along_x * token_w, mask=m_row)
     tl.store(p_grad_position + o_position + 1, along_y * token_h, mask=m_row)
-    cosine, sine = rotation(p_coords, p_inv_freq, o_row, m_row, token_h, token_w, HEAD, ACC)
+    cosine, sine = rotation(
+        p_coords, p_inv_freq, o_row, m_row, token_h, token_w, HEAD, ACC, p_query.dtype.element_ty
+    )
     grad_query = rotate(grad_query, cosine, -sine, BLOCK_M, HEAD)
     tl.store(p_grad_query + o_block, grad_query.to(p_grad_query.dtype.element_ty), mask=m_row[:, None])
 
