@@ -189,8 +189,10 @@ def test_small_images_fold_and_the_resized_image_never_exists():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("way", ["rows folded", "rows interpolated", "a kernel for each row", "places"])
-def test_patch_grids_are_as_exact_as_plain_pytorch(dtype, way):
+def test_patch_grids_are_as_exact_as_plain_pytorch(monkeypatch, dtype, way):
     """Errors against float64, in units of those of resizing and convolving in the same dtype."""
+    # The compiled way is in tests/test_cpu_kernels.py.
+    monkeypatch.setattr(patch_grid, "_takes_compiled", lambda *_: False)
     torch.manual_seed(5)
     source, size = ((57, 90) if way == "a kernel for each row" else (60, 90)), (40, 48)
     images, weight = torch.randn(2, 3, *source), torch.randn(96, 3, 16, 16)

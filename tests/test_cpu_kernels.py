@@ -14,6 +14,7 @@ from threading import Barrier, Thread
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import query_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from vitup_fast.kernels.cpu.residual_mlp import pack_mlp
 from vitup_fast.kernels.cpu.rope_cross_attention import pack_attention, pack_image
 
 from vitup_fast import InputError, ViTUpConfig, extension
+from vitup_fast.network import patch_grid
 from vitup_fast.ops import FilmTable, MLPWeights, norm_linear, norm_linear_argmax
 from vitup_fast.testing import (
     OPERATIONS,
@@ -378,6 +380,66 @@ def test_caches_are_as_exact_as_eager(instruction_set, dtype, threads):
         for tensors in zip(*(getattr(cache, kind) for cache in (actual, eager, exact)), strict=True):
             assert tensors[0].is_contiguous()
             assert_within_budget(*tensors, factor=1.5, name=kind)
+
+
+def embed_by_definition(images, weight, bias, size):
+    """[B, C, H, W] -> [B, P, Q, D] through the enlarged image, resized in float32 or better."""
+    patch, wide = weight.shape[-1], torch.promote_types(images.dtype, torch.float32)
+    enlarged = F.interpolate(images.to(wide), (size[0] * patch, size[1] * patch), mode="bilinear")
+    return F.conv2d(enlarged.to(weight.dtype), weight, bias, stride=patch).permute(0, 2, 3, 1)
+
+
+def embed(images, weight, bias, size, fold, finish=lambda tokens, rows: tokens):
+    embedding = patch_grid.Embedding(weight, bias, weight.dtype)
+    return patch_grid.embed_grid(images, embedding, size, finish, fold=fold)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 4),
+    source=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 30)),
+    patch=st.sampled_from([7, 14, 16]),
+    D=st.sampled_from([48, 80, 112]),
+    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+    fold=st.booleans(),
+    biased=st.booleans(),
+    chosen=st.sampled_from([BEST, *OTHERS]),
+    strip=st.integers(1, 300),
+    workers=st.integers(2, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_patches_of_enlarged_images(
+    batch, channels, source, size, patch, D, dtypes, fold, biased, chosen, strip, workers, seed
+):
+    """Any size, grid, patch and dtype; strips, threads and what follows do not change a bit."""
+    generator = seeded(seed)
+    # Few folded weights have few roundings, which may all be large.
+    fold = fold and min(source) >= 16 and size[1] >= 4
+    images = torch.randn(batch, channels, *source, generator=generator).to(dtypes[0])
+    weight = torch.randn(D, channels, patch, patch, generator=generator).to(dtypes[1])
+    bias = torch.randn(D, generator=generator).to(dtypes[1]) if biased else None
+    arguments = images, weight, bias, size
+    with pytest.MonkeyPatch.context() as patched, poisoned_allocations():
+        patched.setattr(patch_grid, "_takes_compiled", lambda *_: True)
+        patched.setattr(patch_grid, "_STRIP_PATCHES", strip)
+        KERNELS.use_instruction_set(chosen)
+        try:
+            actual = embed(*arguments, fold)
+            torch.set_num_threads(workers)
+            for finish in (lambda tokens, rows: tokens, lambda tokens, rows: tokens.clone()):
+                assert torch.equal(embed(*arguments, fold, finish), actual)
+            positions = torch.nn.Parameter(torch.zeros(D))
+            trained = embed(*arguments, fold, lambda tokens, rows: tokens + positions)
+            assert torch.equal(trained.detach(), actual)
+            trained.sum().backward()
+            assert positions.grad.eq(batch * size[0] * size[1]).all()
+        finally:
+            torch.set_num_threads(1)
+            KERNELS.use_instruction_set(BEST)
+    exact = embed_by_definition(*(t if t is size or t is None else t.double() for t in arguments))
+    assert_within_budget(actual, embed_by_definition(*arguments), exact, factor=1.5)
 
 
 def test_instruction_sets_agree():

@@ -271,6 +271,23 @@ void bind_cpu(py::module_ m) {
   m.def("film_mlp_backward_scratch_bytes", [](int64_t width, int64_t tile_rows) {
     return kernels().film_mlp_backward_scratch_bytes(width, tile_rows);
   });
+  py::class_<Taps>(m, "Taps").def(py::init([](Address low, Address high, Address fraction) {
+    return Taps{pointer<const int64_t>(low), pointer<const int64_t>(high), pointer<const float>(fraction)};
+  }));
+  m.def("embed_patches_scratch_bytes", [](int64_t D, int64_t patch, int64_t depth, int64_t seen, int64_t rows) {
+    return kernels().embed_patches_scratch_bytes(D, patch, depth, seen, rows);
+  });
+  m.def(
+      "embed_patches",
+      [](const Context& c, const std::string& image_dtype, Address image, const Taps& rows, const Taps& columns, Address packed, Address bias, Address out,
+         int64_t phase_stride, int64_t image_stride, int64_t row_stride, int64_t F, int64_t B, int64_t C, int64_t H,
+         int64_t W, int64_t R, int64_t Q, int64_t height, int64_t patch, int64_t D, int64_t seen) {
+        kernels().embed_patches(
+            c.common(), {dtype_named(image_dtype), pointer<const void>(image), rows, columns, pointer<const int32_t>(packed), pointer<const float>(bias),
+                         pointer<void>(out), phase_stride, image_stride, row_stride, F, B, C, H, W, R, Q, height, patch, D,
+                         seen});
+      },
+      release);
   m.def(
       "multiply_adds",
       [](const std::string& dtype, bool int8, int64_t count, int64_t threads) {

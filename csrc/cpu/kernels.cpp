@@ -35,6 +35,7 @@ namespace {
 #include "project_image.h"
 // Needs packing.
 #include "attention_backward.h"
+#include "patch_grid.h"
 #include "weight_gradient.h"
 
 // How operands are held natively for tensors of a dtype.
@@ -210,6 +211,15 @@ int64_t film_mlp_backward_scratch_of(int64_t width, int64_t rows) {
   return round_up(rows * (wide + chunk) + 32 * (width + 256), 4096);
 }
 
+void embed_patches_of(const Common& common, const EmbedPatches& a) {
+  for_operand(common.dtype, Precision::native, [&](auto tag, auto operand) {
+    if constexpr (decltype(operand)::type::PER_WORD <= 2)
+      for_dtype(a.image_dtype, [&](auto pixel) {
+        embed_patches<typename decltype(tag)::type, typename decltype(pixel)::type, typename decltype(operand)::type>(common, a);
+      });
+  });
+}
+
 double multiply_adds_of(Dtype dtype, Precision precision, const Parallel& parallel, int64_t count) {
   double operations = 0.0;
   for_operand(dtype, precision, [&](auto, auto operand) {
@@ -244,6 +254,8 @@ const Kernels VITUP_TABLE(VITUP_ISA) = {
     film_mlp_of,
     film_mlp_backward_of,
     film_mlp_backward_scratch_of,
+    embed_patches_of,
+    embed_patches_scratch,
     fingerprint,
     multiply_adds_of,
 };

@@ -221,6 +221,26 @@ struct ProjectImage {
   int64_t B, D, heads, token_h, token_w;
 };
 
+// Where targets of an axis lie between source pixels.
+struct Taps {
+  const int64_t *low, *high;
+  const float* fraction;  // of the second
+};
+
+// Patches of images enlarged bilinearly, times a kernel for each of F phases of their rows, plus a bias.
+struct EmbedPatches {
+  Dtype image_dtype;
+  const void* image;       // [B, C, H, W]
+  Taps rows;               // [F, R, height]
+  Taps columns;            // [Q, patch], ascending
+  const int32_t* kernels;  // packed, F matrices of D columns over patch * height * C
+  const float* bias;       // [D]
+  void* out;               // [F, B, R, Q, D], Q and D contiguous
+  int64_t phase_stride, image_stride, row_stride;
+  int64_t F, B, C, H, W, R, Q, height, patch, D;
+  int64_t seen;  // the most columns of the image that one patch sees
+};
+
 struct MemoryRegion {
   const void* start;
   int64_t bytes;
@@ -255,6 +275,8 @@ struct Kernels {
   void (*film_mlp)(const Common& common, const FilmMlp& a);
   void (*film_mlp_backward)(const Common& common, const FilmMlpBackward& a);
   int64_t (*film_mlp_backward_scratch_bytes)(int64_t width, int64_t tile_rows);
+  void (*embed_patches)(const Common& common, const EmbedPatches& a);
+  int64_t (*embed_patches_scratch_bytes)(int64_t D, int64_t patch, int64_t depth, int64_t seen, int64_t rows);
   uint64_t (*fingerprint)(const Fingerprint& a);
   double (*multiply_adds)(Dtype dtype, Precision precision, const Parallel& parallel, int64_t count);
 };

@@ -20,7 +20,7 @@ from ..errors import InputError, brief, expected, require
 from ..images import MEAN, STD
 from ..ops.checks import FEATURE_DTYPES, check_coords, check_count, check_layer, check_plain
 from .config import ViTUpConfig
-from .patch_grid import Embedding, embed_grid, embed_places, touched_places
+from .patch_grid import Embedding, embed_grid, embed_places, interpolation_dtype, touched_places
 
 LORA_PREFIX = "backbone.base_model.model."
 PUBLISHED_LORA_SCALING = 2.0
@@ -137,7 +137,7 @@ class Backbone(nn.Module):
         self._check_images(images)
         patches = _checked_size(size, self.patch_size)
         weight = self.model.patch_embed.proj.weight
-        images = images.to(_resize_dtype(images, weight))
+        images = images.to(interpolation_dtype(images, weight))
         if images.shape[-2:] != tuple(size):
             images = F.interpolate(images, tuple(size), mode="bilinear", align_corners=False)
         images = images.to(weight.dtype)  # [B, 3, size]
@@ -201,7 +201,6 @@ class Backbone(nn.Module):
         device = images.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-        images = images.to(_resize_dtype(images, weight))
         embedding = Embedding(weight, embed.proj.bias, dtype)
         positions = self._positions(size)
         finished = lambda tokens, places: self._embedding_output(embed.norm(tokens), places)  # noqa: E731
@@ -693,8 +692,3 @@ def _checked_size(size: tuple[int, int], unit: int) -> tuple[int, int]:
     if not integers or len(size) != 2 or any(n < 1 or n % unit for n in size):
         raise expected("size", "two positive integers" + (f", multiples of {unit}" if unit > 1 else ""), size)
     return int(size[0]) // unit, int(size[1]) // unit
-
-
-def _resize_dtype(images: Tensor, weight: Tensor) -> torch.dtype:
-    """Return the dtype in which images are resized: never narrower than float32, images or weights."""
-    return torch.promote_types(torch.promote_types(images.dtype, weight.dtype), torch.float32)

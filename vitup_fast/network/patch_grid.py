@@ -4,6 +4,7 @@ Enlarging an image bilinearly and embedding its patches are both linear, and sep
 source rows. Where these are fewer than its own rows, the interpolation of rows is folded into the weights, once for
 each of the phases in which patches lie over source rows; elsewhere rows are interpolated. Columns always are. What
 remains is one matrix product for a strip of patches, whose rows are contiguous from interpolation to product.
+Kernels for CPUs interpolate straight into the operand of that product, a tile of patches at a time.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels.cpu.patch_grid import PatchEmbedder, Taps
 from ..ops.checks import are_plain
+from ..ops.implementations import resolve
 from ..ops.memory import result_memory, zeros_of_few_writes
 from ..ops.primitives import linear, pack
 
 # Pixels of enlarged patches that are embedded at once.
 _STRIP_ELEMENTS = 2**20
+# Patches that compiled kernels embed at once: what becomes of them reads them from the cache.
+_STRIP_PATCHES = 4096
 # A product of fewer patches with weights of its own takes as long as twice these patches with shared weights.
 _SHARING_PATCHES = 256
 # Rows of a product from which packing its weights pays.
@@ -127,6 +132,11 @@ def plan_axis(source: int, patches: int, patch: int) -> Axis:
     return Axis(source, patches, patch, stride, period, width, starts)
 
 
+def interpolation_dtype(images: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the dtype in which images are resized: never narrower than float32, images or weights."""
+    return torch.promote_types(torch.promote_types(images.dtype, weight.dtype), torch.float32)
+
+
 def folding_pays(images: Tensor, patch: int, size: tuple[int, int]) -> bool:
     """Compare multiplications: few source rows with weights for each phase, or full patches with the same weights."""
     rows = _plan_rows(images, patch, size)
@@ -145,7 +155,7 @@ def embed_grid(
     """Embed all patches of the images enlarged to P x Q of them, a strip at a time.
 
     Args:
-        images: of the dtype in which they are interpolated.
+        images: of any floating dtype.
         embedding: how patches are embedded.
         size: rows and columns of patches, (P, Q).
         finish: what becomes of a strip ``[F, B, R, Q, D]`` of the rows ``[F, 1, R]``.
@@ -153,41 +163,72 @@ def embed_grid(
     """
     B, C = images.shape[:2]
     P, Q = size
+    wide = interpolation_dtype(images, embedding.weight)
     patch, D = embedding.patch, embedding.weight.shape[0]
     rows = _plan_rows(images, patch, size)
     fold = folding_pays(images, patch, size) if fold is None else fold
     period = rows.period if fold else 1
     height = rows.width if fold else patch
-    of_rows, of_columns = _taps(images, 2, P * patch), _taps(images, 3, Q * patch)
-    by_column = embedding.weight.to(images.dtype).permute(3, 2, 1, 0).flatten(2)  # [patch v, patch u, C * D]
-    plain = are_plain(images, embedding.weight)
-    recorded = torch.is_grad_enabled() and (images.requires_grad or embedding.weight.requires_grad)
+    of_rows, of_columns = (_taps(images, axis, count * patch, wide) for axis, count in ((2, P), (3, Q)))
+    by_column = embedding.weight.to(wide).permute(3, 2, 1, 0).flatten(2)  # [patch v, patch u, C * D]
+    parameters = [t for t in (embedding.weight, embedding.bias) if t is not None]
+    plain = are_plain(images, *parameters)
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (images, *parameters))
     packs = plain and not recorded and B * P // period * Q >= _PACKING_ROWS
+    compiled = None
+    if plain and not recorded and _takes_compiled(images, embedding):
+        columns = Taps(*(tap.view(Q, patch) for tap in of_columns))
+        bias = embedding.weight.new_zeros(D) if embedding.bias is None else embedding.bias
+        compiled = PatchEmbedder(images.contiguous(), columns, height, bias, embedding.dtype)
+    else:
+        images = images.to(wide)
 
     def kernels_of(phases: range) -> Tensor:
         """The kernels of patches of these phases; ``[F, patch v * height * C, D]``."""
         kernels = by_column[None]
         if fold:
-            kernels = rows.matrices(phases).to(images).mT[:, None] @ kernels  # [F, patch v, height, C * D]
+            kernels = rows.matrices(phases).to(by_column).mT[:, None] @ kernels  # [F, patch v, height, C * D]
         return kernels.to(embedding.dtype).reshape(len(phases), -1, D)
 
-    def embed(phases: range, repeats: range, kernels: Tensor | None = None) -> Tensor:
-        """Embed the rows ``repeat * period + phase`` of patches; ``[F, B, R, Q, D]``."""
-        if fold:
-            seen = rows.pixels(phases, repeats).to(images.device)
-            strip = images.index_select(2, seen.flatten())  # [B, C, F * R * height, W]
-        else:
-            strip = _lerp(images, 2, *(tap[repeats.start * patch : repeats.stop * patch] for tap in of_rows))
+    def packed_of(phases: range) -> Tensor:
+        """The kernels of patches of these phases as products take them."""
+        kernels = kernels_of(phases)
+        if compiled:
+            return compiled.pack(kernels)
+        return embedding.packed(kernels) if packs and len(phases) == 1 else kernels
+
+    def taps_of(phases: range, repeats: range) -> Taps:
+        """Where the rows of pixels of these patches lie; ``[F, R, height]``, in the kernels' order."""
+        if not fold:
+            pixels = slice(repeats.start * patch, repeats.stop * patch)
+            return Taps(*(tap[pixels].view(1, -1, patch) for tap in of_rows))
+        seen = rows.pixels(phases, repeats).to(images.device)
+        return Taps(seen, seen, torch.zeros(seen.shape, dtype=wide, device=images.device))
+
+    def embed(
+        phases: range, repeats: range, kernels: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Embed the rows ``repeat * period + phase`` of patches; ``[F, B, R, Q, D]``, maybe in ``out``."""
         kinds, R = len(phases), len(repeats)
-        columns = strip.unflatten(2, (kinds, R, height)).permute(5, 2, 0, 3, 4, 1).flatten(1)  # [W, ...]
-        enlarged = _lerp(columns, 0, *of_columns).view(Q, patch, kinds, B, R, height * C)
-        pixels = enlarged.permute(2, 3, 4, 0, 1, 5).to(embedding.dtype, memory_format=torch.contiguous_format)
-        kernels = kernels_of(phases) if kernels is None else kernels
-        tokens = embedding.product(pixels.reshape(kinds, B * R * Q, -1), kernels).view(kinds, B, R, Q, D)
+        taps = taps_of(phases, repeats)
+        if compiled:
+            shape = (kinds, B, R, Q, D)
+            tokens = torch.empty(shape, dtype=embedding.dtype, device=images.device) if out is None else out
+            compiled.embed(taps, packed_of(phases) if kernels is None else kernels, tokens)
+        else:
+            low, high, fraction = (tap.flatten() for tap in taps)
+            strip = images.index_select(2, low) if fold else _lerp(images, 2, low, high, fraction)
+            columns = strip.unflatten(2, (kinds, R, height)).permute(5, 2, 0, 3, 4, 1).flatten(1)  # [W, ...]
+            enlarged = _lerp(columns, 0, *of_columns).view(Q, patch, kinds, B, R, height * C)
+            pixels = enlarged.permute(2, 3, 4, 0, 1, 5)
+            pixels = pixels.to(embedding.dtype, memory_format=torch.contiguous_format)
+            kernels = kernels_of(phases) if kernels is None else kernels
+            tokens = embedding.product(pixels.reshape(kinds, B * R * Q, -1), kernels).view(kinds, B, R, Q, D)
         index = torch.arange(P, dtype=torch.int64, device=images.device).view(-1, period)  # [repeats, phases]
         return finish(tokens, index[repeats.start : repeats.stop, phases.start : phases.stop].t()[:, None])
 
-    strips = _strips(period, P // period, max(1, _STRIP_ELEMENTS // (B * C * Q * patch * height)))
+    patches = _STRIP_PATCHES if compiled else _STRIP_ELEMENTS // (C * patch * height)
+    strips = _strips(period, P // period, max(1, patches // (B * Q)))
     # Transforms of gradients know no checkpoints.
     checkpoints = plain and recorded
     run = partial(checkpoint, embed, use_reentrant=False, preserve_rng_state=False) if checkpoints else embed
@@ -197,10 +238,12 @@ def embed_grid(
         known, kernels = None, None
         for phases, repeats in strips:
             if phases != known:
-                known, kernels = phases, kernels_of(phases)
-                kernels = embedding.packed(kernels) if packs and len(phases) == 1 else kernels
-            strip = first if (phases, repeats) == strips[0] else embed(phases, repeats, kernels)
-            grid[:, repeats.start : repeats.stop, phases.start : phases.stop] = strip.permute(1, 2, 0, 3, 4)
+                known, kernels = phases, packed_of(phases)
+            place = grid[:, repeats.start : repeats.stop, phases.start : phases.stop].permute(2, 0, 1, 3, 4)
+            out = place if place.dtype == embedding.dtype and place.shape[-1] == D else None
+            strip = first if (phases, repeats) == strips[0] else embed(phases, repeats, kernels, out)
+            if strip is not place:
+                place.copy_(strip)
     else:
         parts = [first, *(run(*strip) for strip in strips[1:])]
         of_phases = [
@@ -239,8 +282,9 @@ def embed_places(
         finish: what becomes of patches ``[N, D]`` in the rows and columns given.
     """
     patch, C = embedding.patch, images.shape[1]
+    wide = interpolation_dtype(images, embedding.weight)
     of_rows, of_columns = (
-        [tap.view(-1, patch) for tap in _taps(images, axis, size[axis - 2] * patch)] for axis in (2, 3)
+        [tap.view(-1, patch) for tap in _taps(images, axis, size[axis - 2] * patch, wide)] for axis in (2, 3)
     )
     kernel = embedding.weight.permute(3, 2, 1, 0).flatten(0, 2)  # [patch v * patch u * C, D]
     kernel = kernel.to(embedding.dtype)[None]
@@ -252,11 +296,11 @@ def embed_places(
         left, right, along = (tap[column][:, :, None] for tap in of_columns)  # [n, patch v, 1]
         image = image[:, None, None]
         down, along = down[..., None], along[..., None]
-        pixels = torch.lerp(
-            torch.lerp(pixels_of[image, top, left], pixels_of[image, bottom, left], down),
-            torch.lerp(pixels_of[image, top, right], pixels_of[image, bottom, right], down),
-            along,
-        )  # [n, patch v, patch u, C]
+        corners = ((y, x) for x in (left, right) for y in (top, bottom))
+        corners = [
+            pixels_of[(image, *corner)].to(wide) for corner in corners
+        ]  # [n, patch v, patch u, C] each
+        pixels = torch.lerp(torch.lerp(*corners[:2], down), torch.lerp(*corners[2:], down), along)
         tokens = embedding.product(pixels.flatten(1).to(embedding.dtype)[None], kernel)
         tokens = finish(tokens[0], row, column)  # [n, D]
         if grid is None:
@@ -281,6 +325,14 @@ def touched_places(coords: Tensor, size: tuple[int, int]) -> Tensor:  # [B, N, 2
     return touched.nonzero()
 
 
+def _takes_compiled(images: Tensor, embedding: Embedding) -> bool:
+    """Whether the kernels for CPUs embed patches without gradients."""
+    tokens = images.new_empty(0, dtype=embedding.dtype)
+    implementation = resolve("auto", tokens, {"the width D": embedding.weight.shape[0]})
+    wide = interpolation_dtype(images, embedding.weight)
+    return wide == torch.float32 and implementation == "cpu"
+
+
 def _plan_rows(images: Tensor, patch: int, size: tuple[int, int]) -> Axis:
     """Plan the rows; the plan depends on the very numbers, also where a tracer would have them vary."""
     return plan_axis(operator.index(images.shape[2]), size[0], patch)
@@ -293,13 +345,13 @@ def _positions(source: int, target: int, index: Tensor) -> tuple[Tensor, Tensor]
     return floor, (numerator - floor * 2 * target).double() / (2 * target)
 
 
-def _taps(images: Tensor, axis: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
+def _taps(images: Tensor, axis: int, target: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return lower pixel, upper pixel and weight of the upper one for every target pixel of an axis."""
     last = operator.index(images.shape[axis]) - 1
     index = torch.arange(target, dtype=torch.int64, device="cpu")
     floor, fraction = _positions(last + 1, target, index)
     low, high = floor.clamp(0, last), (floor + 1).clamp(0, last)
-    return low.to(images.device), high.to(images.device), fraction.to(images)  # [target] each
+    return low.to(images.device), high.to(images.device), fraction.to(images.device, dtype)  # [target] each
 
 
 def _lerp(values: Tensor, axis: int, low: Tensor, high: Tensor, fraction: Tensor) -> Tensor:
