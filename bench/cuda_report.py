@@ -34,7 +34,7 @@ SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 ARCHITECTURES = ("80", "90a", "100a", "120")
 FLAGS = ("-std=c++17", "-O3")
 # Where host and GPU shall agree bit by bit, multiply-adds are explicit.
-EXACT = ("bilinear_sample.cu", "film_mlp.cu")
+EXACT = ("bilinear_sample.cu", "film_mlp.cu", "residual_mlp.cu")
 
 Entry = dict[str, Any]
 
@@ -62,6 +62,9 @@ EXPECTATIONS: Mapping[str, Expectation] = {
     r"segment_sum_kernel<\w+, Shape<\d+, \d+, true>": Expectation(256, ("LDG.E.128",)),
     r"segment_sum_kernel<": Expectation(256),
     r"residual_mlp_sm90_kernel": Expectation(384, ("HGMMA", "UTMALDG"), dynamic_shared=222208, only=("90a",)),
+    r"film_mlp_sm90_kernel": Expectation(
+        384, ("HGMMA", "UTMALDG", "LDG.E.128"), dynamic_shared=222208, only=("90a",)
+    ),
 }
 
 

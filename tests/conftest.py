@@ -95,9 +95,10 @@ def ptxas_output(tmp_path_factory):
         pytest.skip("no nvcc")
 
     @functools.cache
-    def compile_file(name):
+    def compile_file(name, *flags):
         target = (tmp_path_factory.mktemp("nvcc") / name).with_suffix(".o")
-        command = ["nvcc", "-arch=sm_90a", "-std=c++17", "-O3", "-Xptxas=-v", "-c", HOPPER_SOURCES / name]
+        source = HOPPER_SOURCES / name
+        command = ["nvcc", "-arch=sm_90a", "-std=c++17", "-O3", *flags, "-Xptxas=-v", "-c", source]
         done = subprocess.run([*command, "-o", target], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr

@@ -53,9 +53,16 @@ struct Meeting {
 
 enum class Word : std::uint8_t { settled, arriving, stored };  // `stored`: not fenced yet
 
+// Who stored a word last, and how often its warp and its warpgroup had met by then.
+struct Store {
+  int fiber = -1;
+  std::uint64_t warp_met = 0, group_met = 0;
+};
+
 struct Block {
   unsigned char* shared;
   std::vector<Word> words;
+  std::vector<Store> stores;
   std::vector<BarrierState> barriers;
   int running = 0;
   Meeting named[16];
@@ -81,7 +88,7 @@ struct Warp {
   std::uint64_t executed = 0;
   std::vector<int> waiting;  // for products that not all lanes have issued
   std::uint32_t exchange[2][32];
-  Meeting exchanges, aligned;
+  Meeting exchanges, aligned, syncs;
   int weight;
 };
 
@@ -92,7 +99,7 @@ struct Fiber {
   Warp* warp;
   bool done = false, fenced = false;
   int clusters_met = 0;
-  std::uint64_t issued = 0, committed = 0;
+  std::uint64_t issued = 0, committed = 0, warp_met = 0, group_met = 0;
   std::vector<std::uint32_t> stored;
   std::vector<std::int64_t> waits;  // per barrier: phases completed that the next wait asks for; -1 before the first
 };
@@ -220,20 +227,32 @@ inline void cluster_sync() {
   meet(machine->cluster, machine->fibers.size());
 }
 
-inline void warpgroup_sync(std::uint32_t name) { meet(machine->my_block().named[name], 128); }
+inline void warpgroup_sync(std::uint32_t name) {
+  meet(machine->my_block().named[name], 128);
+  ++machine->me().group_met;
+}
+
+inline void warp_sync() {
+  if (machine->fault == "sync") return;
+  meet(machine->me().warp->syncs, 32);
+  ++machine->me().warp_met;
+}
 
 template <std::uint32_t REGISTERS>
 void take_registers() {}
 template <std::uint32_t REGISTERS>
 void give_registers() {}
 
-inline std::uint32_t shuffle_xor(std::uint32_t value, std::uint32_t mask) {
+inline std::uint32_t shuffle(std::uint32_t value, std::uint32_t lane) {
   Warp& warp = *machine->me().warp;
-  const std::uint32_t lane = machine->me().thread % 32;
   std::uint32_t (&values)[32] = warp.exchange[warp.exchanges.held % 2];
-  values[lane] = value;
+  values[machine->me().thread % 32] = value;
   meet(warp.exchanges, 32);
-  return values[lane ^ mask];
+  return values[lane % 32];
+}
+
+inline std::uint32_t shuffle_xor(std::uint32_t value, std::uint32_t mask) {
+  return shuffle(value, machine->me().thread % 32 ^ mask);
 }
 
 inline float float_of(std::uint32_t bits) {
@@ -265,13 +284,26 @@ inline void check_settled(const Block& block, std::uint32_t address, std::uint32
 inline void fence_async() {
   if (machine->fault == "fence") return;
   Fiber& me = machine->me();
-  for (std::uint32_t word : me.stored) machine->my_block().words[word] = Word::settled;
+  for (std::uint32_t word : me.stored)
+    if (machine->my_block().stores[word].fiber == machine->current) machine->my_block().words[word] = Word::settled;
   me.stored.clear();
 }
 
+// What another thread has stored is seen after a meeting with it.
+inline void check_seen(std::uint32_t word, const char* who) {
+  const Store& store = machine->my_block().stores[word];
+  if (store.fiber < 0 || store.fiber == machine->current) return;
+  const Fiber &me = machine->me(), &other = *machine->fibers[store.fiber];
+  const bool same_warp = me.warp == other.warp, same_group = me.thread / 128 == other.thread / 128;
+  if (same_warp && me.warp_met > store.warp_met) return;
+  if (same_group && me.group_met > store.group_met) return;
+  fail(std::string(who) + " meets another thread's store");
+}
+
 inline std::uint32_t load_shared(const void* p) {
-  if (machine->my_block().words[(shared_address(p) - BASE) / 4] == Word::arriving)
-    fail("a load meets a copy under way");
+  const std::uint32_t word = (shared_address(p) - BASE) / 4;
+  if (machine->my_block().words[word] == Word::arriving) fail("a load meets a copy under way");
+  check_seen(word, "a load");
   std::uint32_t value;
   std::memcpy(&value, p, 4);
   return value;
@@ -284,10 +316,18 @@ inline void load_shared(const void* p, std::uint32_t (&words)[4]) {
 
 inline void store_shared(void* p, std::uint32_t value) {
   const std::uint32_t word = (shared_address(p) - BASE) / 4;
-  if (machine->my_block().words[word] != Word::settled) fail("two stores, or a store and a copy, to one place");
+  Fiber& me = machine->me();
+  if (machine->my_block().words[word] == Word::arriving) fail("a store meets a copy under way");
+  check_seen(word, "a store");
   machine->my_block().words[word] = Word::stored;
-  machine->me().stored.push_back(word);
+  machine->my_block().stores[word] = {machine->current, me.warp_met, me.group_met};
+  me.stored.push_back(word);
   std::memcpy(p, &value, 4);
+}
+
+inline void store_shared(void* p, const std::uint32_t (&words)[2]) {
+  if (shared_address(p) % 8 != 0) fail("a misaligned store");
+  for (int i = 0; i < 2; ++i) store_shared(static_cast<unsigned char*>(p) + 4 * i, words[i]);
 }
 
 inline std::uint32_t copied_bytes(const TensorMap& map) { return map.copied_rows * map.copied_columns * 2; }
@@ -303,6 +343,7 @@ inline void tma_load_multicast(
     check_settled(target, address, bytes, "a copy");
     std::memset(target.shared + address - BASE, 0xff, bytes);  // NaN
     std::fill_n(target.words.begin() + (address - BASE) / 4, bytes / 4, Word::arriving);
+    std::fill_n(target.stores.begin() + (address - BASE) / 4, bytes / 4, Store{});
     machine->copies.push_back({block, address, row, column, static_cast<std::uint32_t>(barrier.state), map});
   }
 }
@@ -343,6 +384,10 @@ inline std::uint32_t to_bfloat16(float value) {
 inline std::uint32_t pack_bfloat16(float low, float high) { return to_bfloat16(low) | to_bfloat16(high) << 16; }
 inline float low_bfloat16(std::uint32_t pair) { return float_of(pair << 16); }
 inline float high_bfloat16(std::uint32_t pair) { return float_of(pair & 0xffff0000u); }
+
+inline Pair load_pair(const std::uint16_t* from) {
+  return {{float_of(std::uint32_t{from[0]} << 16), float_of(std::uint32_t{from[1]} << 16)}};
+}
 
 // As wrong as the hardware may be, now up, now down.
 inline float tanh_approx(float x) {
@@ -486,6 +531,7 @@ void run_cluster(const Run& run, std::uint32_t cluster, std::uint32_t threads, c
     block.shared = static_cast<unsigned char*>(std::aligned_alloc(1024, sizeof(Shared)));
     std::memset(block.shared, 0xff, sizeof(Shared));
     block.words.assign(sizeof(Shared) / 4, Word::settled);
+    block.stores.assign(sizeof(Shared) / 4, Store{});
   }
   m->warps.resize(2 * threads / 32);
   const std::uint32_t favoured = m->random() % 3;  // or none
@@ -558,7 +604,13 @@ constexpr std::uint32_t GUARD = 300;  // rows behind the results that nobody may
 // residual_mlp ... ROWS HIDDEN IN_PLACE
 //   IN   x [ROWS, 384], W1 [HIDDEN, 384], W2 [384, HIDDEN] as bfloat16, b1 [HIDDEN], b2 [384] as float32
 //   OUT  results [ROWS + GUARD, 384] as bfloat16, their moments [ROWS + GUARD, 2] as float32
-void residual_mlp(std::ifstream& in, std::ofstream& out, const Run& run, const std::vector<std::uint32_t>& sizes) {
+// film_mlp ... ROWS HIDDEN IN_PLACE QUERIES TOKEN_ROWS TOKEN_COLUMNS FILM_ROWS COORDS, of ROWS / QUERIES images
+//   IN   goes on with tokens [images, TOKEN_ROWS, TOKEN_COLUMNS, 384] as bfloat16, [gamma, beta] [FILM_ROWS, 768] as
+//        float32, weight [384] and bias [384] of the last LayerNorm as bfloat16, and where COORDS is
+//          0       indices of tokens [QUERIES] and of rows of [gamma, beta] [QUERIES] as int64
+//          32, 64  coordinates [ROWS, 2] in as many bits
+void residual_mlp(
+    std::ifstream& in, std::ofstream& out, const Run& run, const std::vector<std::uint32_t>& sizes, bool film) {
   namespace mlp = vitup::residual_mlp;
   const std::uint32_t rows = sizes.at(0), hidden = sizes.at(1);
   constexpr std::uint32_t DIM = mlp::DIM;
@@ -573,9 +625,25 @@ void residual_mlp(std::ifstream& in, std::ofstream& out, const Run& run, const s
       {weight1.data(), hidden, DIM, mlp::CHUNK, mlp::WIDE},
       {weight2.data(), DIM, hidden, DIM / mlp::CLUSTER, mlp::CHUNK}, bias1.data(), bias2.data(), results.data(),
       moments.data(), rows, hidden};
-  for (std::uint32_t cluster = 0; cluster < run.clusters; ++cluster)
-    run_cluster<mlp::Shared>(run, cluster, mlp::THREADS,
-        [&](mlp::Shared& shared, const Place& at) { mlp::run_thread(arguments, shared, at); });
+  const auto run_all = [&](const auto& all) {
+    for (std::uint32_t cluster = 0; cluster < run.clusters; ++cluster)
+      run_cluster<mlp::Shared>(run, cluster, mlp::THREADS,
+          [&](mlp::Shared& shared, const Place& at) { mlp::run_thread(all, shared, at); });
+  };
+  if (film) {
+    const std::uint32_t queries = sizes.at(3), token_rows = sizes.at(4), token_columns = sizes.at(5);
+    const bool table = sizes.at(7) == 0, wide = sizes.at(7) == 64;
+    const auto tokens = read<std::uint16_t>(in, rows / queries * token_rows * token_columns * DIM);
+    const auto gamma_beta = read<float>(in, sizes.at(6) * 2 * DIM);
+    const auto norm_weight = read<std::uint16_t>(in, DIM), norm_bias = read<std::uint16_t>(in, DIM);
+    const auto token = read<std::int64_t>(in, table ? queries : 0), row = read<std::int64_t>(in, table ? queries : 0);
+    const auto coords = read<double>(in, table ? 0 : rows * (wide ? 2 : 1));  // as many bytes
+    run_all(mlp::FilmArguments{arguments, tokens.data(),
+        {gamma_beta.data(), coords.data(), token.data(), row.data(), wide, table}, norm_weight.data(), norm_bias.data(),
+        queries, token_rows, token_columns});
+  } else {
+    run_all(arguments);
+  }
   write(out, results);
   write(out, moments);
 }
@@ -590,6 +658,7 @@ int main(int count, char** words) {
   const Run run{static_cast<std::uint32_t>(std::atoi(words[4])), std::strtoull(words[5], nullptr, 10), words[6]};
   std::vector<std::uint32_t> sizes;
   for (int i = 7; i < count; ++i) sizes.push_back(std::atoi(words[i]));
-  if (kernel == "residual_mlp") return residual_mlp(in, out, run, sizes), 0;
+  if (kernel == "residual_mlp") return residual_mlp(in, out, run, sizes, false), 0;
+  if (kernel == "film_mlp") return residual_mlp(in, out, run, sizes, true), 0;
   return 2;
 }

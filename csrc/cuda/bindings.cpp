@@ -37,6 +37,29 @@ std::vector<std::string> architectures() {
   return found;
 }
 
+// The arguments that both MLPs in one kernel take.
+ResidualMLPSm90 mlp_arguments(const Checks& checks, const Tensor& x, const Tensor& weight1, const Tensor& bias1,
+    const Tensor& weight2, const Tensor& bias2, const Tensor& out, const std::optional<Tensor>& out_moments,
+    std::int64_t rows, std::int64_t dim, std::int64_t hidden) {
+  checks.type("x", x, Type::bfloat16);
+  checks.type("weight1", weight1, Type::bfloat16);
+  checks.type("bias1", bias1, Type::float32);
+  checks.type("weight2", weight2, Type::bfloat16);
+  checks.type("bias2", bias2, Type::float32);
+  checks.type("out", out, Type::bfloat16);
+  if (out_moments) checks.type("out_moments", *out_moments, Type::float32);
+  return {address(x), address(weight1), address(bias1), address(weight2), address(bias2), address(out),
+      out_moments ? address(*out_moments) : nullptr, rows, dim, hidden};
+}
+
+template <class Arguments>
+void run_checked(const Arguments& arguments, int device, std::uintptr_t stream) {
+  check_arguments(arguments);
+  const pybind11::gil_scoped_release release;
+  const CurrentDevice current(device);
+  run(arguments, reinterpret_cast<cudaStream_t>(stream));
+}
+
 }  // namespace
 }  // namespace vitup::cuda
 
@@ -54,19 +77,26 @@ void bind_cuda(pybind11::module_ m) {
           const Tensor& out, const std::optional<Tensor>& out_moments, std::int64_t rows, std::int64_t dim,
           std::int64_t hidden, int device, std::uintptr_t stream) {
         const Checks checks{ResidualMLPSm90::NAME};
-        checks.type("x", x, Type::bfloat16);
-        checks.type("weight1", weight1, Type::bfloat16);
-        checks.type("bias1", bias1, Type::float32);
-        checks.type("weight2", weight2, Type::bfloat16);
-        checks.type("bias2", bias2, Type::float32);
-        checks.type("out", out, Type::bfloat16);
-        if (out_moments) checks.type("out_moments", *out_moments, Type::float32);
-        const ResidualMLPSm90 arguments{address(x), address(weight1), address(bias1), address(weight2), address(bias2),
-            address(out), out_moments ? address(*out_moments) : nullptr, rows, dim, hidden};
-        check_arguments(arguments);
-        const pybind11::gil_scoped_release release;
-        const CurrentDevice current(device);
-        run(arguments, reinterpret_cast<cudaStream_t>(stream));
+        run_checked(
+            mlp_arguments(checks, x, weight1, bias1, weight2, bias2, out, out_moments, rows, dim, hidden), device, stream);
+      },
+      "residual_mlp.h tells what the arguments are.");
+  m.def(
+      "film_mlp_sm90",
+      [](const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2, const Tensor& bias2,
+          const Tensor& out, const std::optional<Tensor>& out_moments, const Tensor& tokens, const Tensor& gamma_beta,
+          const Tensor& coords, const Tensor& token, const Tensor& table_row, const Tensor& norm_weight,
+          const Tensor& norm_bias, std::int64_t rows, std::int64_t dim, std::int64_t hidden, std::int64_t queries,
+          std::int64_t token_rows, std::int64_t token_columns, bool table, int device, std::uintptr_t stream) {
+        const Checks checks{FilmMLPSm90::NAME};
+        checks.type("tokens", tokens, Type::bfloat16);
+        checks.type("norm_weight", norm_weight, Type::bfloat16);
+        checks.type("norm_bias", norm_bias, Type::bfloat16);
+        const FilmSource source = film_source(checks, Type::bfloat16, gamma_beta, coords, token, table_row, table);
+        run_checked(
+            FilmMLPSm90{mlp_arguments(checks, x, weight1, bias1, weight2, bias2, out, out_moments, rows, dim, hidden),
+                address(tokens), source, address(norm_weight), address(norm_bias), queries, token_rows, token_columns},
+            device, stream);
       },
       "residual_mlp.h tells what the arguments are.");
 }

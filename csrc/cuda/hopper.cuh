@@ -97,6 +97,14 @@ VITUP_DEVICE std::uint32_t shuffle_xor(std::uint32_t value, std::uint32_t mask) 
   return __shfl_xor_sync(~0u, value, mask);
 }
 
+// The value of another lane.
+VITUP_DEVICE std::uint32_t shuffle(std::uint32_t value, std::uint32_t lane) {
+  return __shfl_sync(~0u, value, static_cast<int>(lane));
+}
+
+// Wait for the lanes of the warp; what they stored in shared memory before is seen after.
+VITUP_DEVICE void warp_sync() { __syncwarp(); }
+
 // A value that all lanes of the warp share, as the compiler then knows.
 VITUP_DEVICE std::uint32_t uniform(std::uint32_t value) { return __shfl_sync(~0u, value, 0); }
 
@@ -108,6 +116,9 @@ VITUP_DEVICE void load_shared(const void* p, std::uint32_t (&words)[4]) {
   words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
 }
 VITUP_DEVICE void store_shared(void* p, std::uint32_t value) { *static_cast<std::uint32_t*>(p) = value; }
+VITUP_DEVICE void store_shared(void* p, const std::uint32_t (&words)[2]) {
+  *static_cast<uint2*>(p) = make_uint2(words[0], words[1]);
+}
 
 // Copy a box of a matrix, as large as its map says, from (row, column) on, to shared memory; its bytes count at the
 // barrier. What lies outside the matrix arrives as zeros, and counts.
@@ -150,6 +161,11 @@ VITUP_DEVICE std::uint32_t pack_bfloat16(float low, float high) {
 }
 VITUP_DEVICE float low_bfloat16(std::uint32_t pair) { return __uint_as_float(pair << 16); }
 VITUP_DEVICE float high_bfloat16(std::uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+VITUP_DEVICE Pair load_pair(const std::uint16_t* from) {  // bfloat16, from memory that the kernel does not write
+  const std::uint32_t pair = __ldg(reinterpret_cast<const unsigned*>(from));
+  return {{low_bfloat16(pair), high_bfloat16(pair)}};
+}
 
 VITUP_DEVICE float tanh_approx(float x) {  // relative error 2^-11
   float y;

@@ -1,6 +1,6 @@
 #include "residual_mlp.h"
 
-#include <algorithm>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -15,8 +15,11 @@ namespace {
 
 using namespace residual_mlp;
 
-__global__ void __launch_bounds__(HAS_HOPPER_CODE ? THREADS : 32, 1)
-    residual_mlp_sm90_kernel(const __grid_constant__ Arguments arguments) {
+// TMA counts rows in 32 bits; no GPU of this kind holds as many.
+constexpr std::int64_t MOST_ROWS = std::int64_t{1} << 30;
+
+template <class AnyArguments>
+__device__ __forceinline__ void run_block(const AnyArguments& arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) unsigned char memory[];
   if (hopper::shared_address(memory) % 1024 != 0) __trap();  // swizzles count on it
@@ -25,51 +28,91 @@ __global__ void __launch_bounds__(HAS_HOPPER_CODE ? THREADS : 32, 1)
 #endif
 }
 
-std::string description(const ResidualMLPSm90& a) {
+__global__ void __launch_bounds__(HAS_HOPPER_CODE ? THREADS : 32, 1)
+    residual_mlp_sm90_kernel(const __grid_constant__ Arguments arguments) {
+  run_block(arguments);
+}
+
+__global__ void __launch_bounds__(HAS_HOPPER_CODE ? THREADS : 32, 1)
+    film_mlp_sm90_kernel(const __grid_constant__ FilmArguments arguments) {
+  run_block(arguments);
+}
+
+template <class Call>
+std::string description(const Call& a) {
   return std::string(a.NAME) + " of " + std::to_string(a.rows) + " rows of " + std::to_string(a.dim) +
          " numbers with " + std::to_string(a.hidden) + " hidden ones";
 }
 
-}  // namespace
-
-void check_arguments(const ResidualMLPSm90& a) {
-  const auto fail = [&](const std::string& expected) {
-    throw std::invalid_argument(description(a) + ": expected " + expected);
-  };
-  if (a.rows < 0) fail("no negative number of rows");
-  if (a.dim != DIM) fail("rows of " + std::to_string(DIM) + " numbers");
-  if (a.hidden <= 0 || a.hidden % CHUNK != 0 || a.hidden > 1 << 30)
-    fail("a hidden width that is a positive multiple of " + std::to_string(CHUNK));
-  const std::pair<const char*, const void*> pointers[] = {{"x", a.x}, {"weight1", a.weight1}, {"bias1", a.bias1},
-      {"weight2", a.weight2}, {"bias2", a.bias2}, {"out", a.out}, {"out_moments", a.out_moments}};
-  for (const auto& [name, pointer] : pointers)
-    if (reinterpret_cast<std::uintptr_t>(pointer) % 16 != 0) fail(std::string(name) + " aligned to 16 bytes");
+template <class Call>
+[[noreturn]] void fail(const Call& a, const std::string& expected) {
+  throw std::invalid_argument(description(a) + ": expected " + expected);
 }
 
-void run(const ResidualMLPSm90& a, cudaStream_t stream) {
+template <class Call>
+void check_aligned(const Call& a, std::initializer_list<std::pair<const char*, const void*>> pointers) {
+  for (const auto& [name, pointer] : pointers)
+    if (reinterpret_cast<std::uintptr_t>(pointer) % 16 != 0) fail(a, std::string(name) + " aligned to 16 bytes");
+}
+
+template <class Call>
+void check_layers(const Call& a) {
+  if (a.rows < 0) fail(a, "no negative number of rows");
+  if (a.rows > MOST_ROWS) fail(a, "at most " + std::to_string(MOST_ROWS) + " rows");
+  if (a.dim != DIM) fail(a, "rows of " + std::to_string(DIM) + " numbers");
+  if (a.hidden <= 0 || a.hidden % CHUNK != 0 || a.hidden > 1 << 30)
+    fail(a, "a hidden width that is a positive multiple of " + std::to_string(CHUNK));
+  check_aligned(a, {{"x", a.x}, {"weight1", a.weight1}, {"bias1", a.bias1}, {"weight2", a.weight2}, {"bias2", a.bias2},
+      {"out", a.out}, {"out_moments", a.out_moments}});
+}
+
+// Complete the arguments by what both kernels take, and launch one.
+template <class Call, class AnyArguments>
+void launch_mlp(void (*kernel)(AnyArguments), const Call& a, AnyArguments arguments, cudaStream_t stream) {
   if (a.rows == 0) return;
   const std::string what = description(a);
-  const auto kernel = residual_mlp_sm90_kernel;
   const int processors = prepare_hopper(reinterpret_cast<const void*>(kernel), THREADS, sizeof(Shared), what);
   const EncodeTiled encode = encode_tiled(what);
-  Arguments arguments{};
+  arguments.x = box_map(encode, a.x, a.rows, a.dim, ROWS, WIDE, what);
   arguments.weight1 = box_map(encode, a.weight1, a.hidden, a.dim, CHUNK, WIDE, what);
   arguments.weight2 = box_map(encode, a.weight2, a.dim, a.hidden, DIM / CLUSTER, CHUNK, what);
   arguments.bias1 = static_cast<const float*>(a.bias1);
   arguments.bias2 = static_cast<const float*>(a.bias2);
+  arguments.out = static_cast<std::uint16_t*>(a.out);
+  arguments.out_moments = static_cast<float*>(a.out_moments);
+  arguments.rows = static_cast<std::uint32_t>(a.rows);
   arguments.hidden = static_cast<std::uint32_t>(a.hidden);
-  // TMA counts rows in 32 bits.
-  constexpr std::int64_t ROWS_AT_ONCE = std::int64_t{1} << 30;
-  for (std::int64_t first = 0; first < a.rows; first += ROWS_AT_ONCE) {
-    const std::int64_t rows = std::min(a.rows - first, ROWS_AT_ONCE);
-    const std::int64_t tiles = (rows + CLUSTER_ROWS - 1) / CLUSTER_ROWS;
-    arguments.x =
-        box_map(encode, static_cast<const std::uint16_t*>(a.x) + first * a.dim, rows, a.dim, ROWS, WIDE, what);
-    arguments.out = static_cast<std::uint16_t*>(a.out) + first * a.dim;
-    arguments.out_moments = a.out_moments == nullptr ? nullptr : static_cast<float*>(a.out_moments) + first * 2;
-    arguments.rows = static_cast<std::uint32_t>(rows);
-    launch_clusters(kernel, arguments, tiles, processors, CLUSTER, THREADS, sizeof(Shared), stream, what);
-  }
+  const std::int64_t tiles = (a.rows + CLUSTER_ROWS - 1) / CLUSTER_ROWS;
+  launch_clusters(kernel, arguments, tiles, processors, CLUSTER, THREADS, sizeof(Shared), stream, what);
+}
+
+}  // namespace
+
+void check_arguments(const ResidualMLPSm90& a) { check_layers(a); }
+
+void check_arguments(const FilmMLPSm90& a) {
+  check_layers(a);
+  check_aligned(a, {{"tokens", a.tokens}, {"gamma_beta", a.source.gamma_beta}, {"norm_weight", a.norm_weight},
+      {"norm_bias", a.norm_bias}});
+  if (a.rows > 0 && (a.queries <= 0 || a.rows % a.queries != 0))
+    fail(a, "as many queries in every image, not " + std::to_string(a.queries));
+  if (a.token_rows <= 0 || a.token_columns <= 0) fail(a, "at least one token");
+}
+
+void run(const ResidualMLPSm90& a, cudaStream_t stream) {
+  launch_mlp(residual_mlp_sm90_kernel, a, Arguments{}, stream);
+}
+
+void run(const FilmMLPSm90& a, cudaStream_t stream) {
+  FilmArguments arguments{};
+  arguments.tokens = a.tokens;
+  arguments.source = a.source;
+  arguments.norm_weight = static_cast<const std::uint16_t*>(a.norm_weight);
+  arguments.norm_bias = static_cast<const std::uint16_t*>(a.norm_bias);
+  arguments.queries = a.queries;
+  arguments.token_rows = a.token_rows;
+  arguments.token_columns = a.token_columns;
+  launch_mlp(film_mlp_sm90_kernel, a, arguments, stream);
 }
 
 }  // namespace vitup::cuda

@@ -1,10 +1,13 @@
-// x + W2 gelu(W1 LN(x) + b1) + b2 in one kernel, for GPUs of compute capability 9.0 (H100, H200) alone.
+// The MLPs in one kernel each, for GPUs of compute capability 9.0 (H100, H200) alone: x + W2 gelu(W1 LN(x) + b1) + b2, and
+// the FiLM MLP x + LN'(W2 gelu(W1 LN(m) + b1) + b2) of gathered tokens m = (1 + gamma) token + beta.
 // Compiled, reviewed and run by the tests' emulator, never run on a GPU.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+
+#include "kernels.h"
 
 namespace vitup::cuda {
 
@@ -25,11 +28,25 @@ struct ResidualMLPSm90 {
   static constexpr const char* NAME = "residual_mlp_sm90_kernel";
 };
 
+// The same of the FiLM MLP. Indices of a table are in range: the caller has checked them.
+struct FilmMLPSm90 : ResidualMLPSm90 {
+  const void* tokens;       // [images, token_rows * token_columns, dim] bfloat16
+  FilmSource source;        // dim and queries as here; gamma_beta in float32
+  const void* norm_weight;  // [dim] bfloat16, of LN'
+  const void* norm_bias;    // [dim] bfloat16
+  std::int64_t queries;     // of an image: rows = images * queries
+  std::int64_t token_rows, token_columns;
+
+  static constexpr const char* NAME = "film_mlp_sm90_kernel";
+};
+
 // Throws std::invalid_argument for sizes and addresses that the kernel does not take; names the kernel and the sizes.
 void check_arguments(const ResidualMLPSm90& arguments);
+void check_arguments(const FilmMLPSm90& arguments);
 
 // Launch it, with arguments that have been checked, on a stream of the current device; neither allocates nor waits.
 // Throws std::runtime_error for a GPU that it does not run on and for what CUDA refuses; names the kernel and the sizes.
 void run(const ResidualMLPSm90& arguments, cudaStream_t stream);
+void run(const FilmMLPSm90& arguments, cudaStream_t stream);
 
 }  // namespace vitup::cuda

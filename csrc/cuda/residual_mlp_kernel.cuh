@@ -1,4 +1,6 @@
-// x + W2 gelu(W1 LN(x) + b1) + b2 in one kernel for Hopper (sm_90a): hidden values never leave the registers.
+// Two MLPs in one kernel each for Hopper (sm_90a), whose hidden values never leave the registers:
+//   residual  x + W2 gelu(W1 LN(x) + b1) + b2
+//   FiLM      x + LN'(W2 gelu(W1 LN(m) + b1) + b2), m = (1 + gamma) token + beta, gathered for each row
 // Compiled, reviewed and run by the tests' emulator; never run on a GPU.
 //
 // Two thread blocks form a cluster and walk the rows 256 at a time. Each has two consumer warpgroups of 64 rows, and a
@@ -6,6 +8,8 @@
 // sums, 192 registers a thread, with x + b2. Then, for each chunk of 32 hidden columns: rows times a chunk of W1 (16
 // registers, begun with b1), GELU in registers, that times a chunk of W2, added to the sums. Weights stream through a ring
 // of 5 slots, W1's and W2's chunks in turn; each thread block copies half of every slot, and sends it to both.
+// For the FiLM MLP a consumer gathers m itself, while its registers hold no sums, and begins these with b2. Rows of x come
+// to where m was after the last product that reads it, and are added to the sums normalised.
 //
 // Barriers, in either thread block; in brackets what completes a phase. Phases alternate between 0 and 1; each side counts
 // them by itself, from 0. "Begins free": the first wait is for the phase before the first, and passes.
@@ -15,8 +19,9 @@
 //                 warp arrives in both thread blocks once its product has read the slot. So a producer copies into a slot
 //                 when all consumers of both have left it, and then full's phase before is over in both as well.
 //   x_full[w]     [1 arrival + 49152 bytes]  row producer -> consumer w.
-//   x_empty[w]    [4 arrivals: warps]  consumer w -> row producer, after the last product that reads x; begins free. The
-//                 next rows arrive behind GELU, the last product with W2 and the stores.
+//   x_empty[w]    [4 arrivals: warps]  consumer w -> row producer, after the last product that reads these rows; begins
+//                 free. The next rows arrive behind GELU, the last product with W2 and the stores. For the FiLM MLP it does
+//                 not begin free: the same tile's rows of x arrive behind GELU and that product.
 //   turn[w]       [4 arrivals: warps]  the other consumer -> consumer w; begins free for w = 0. Consumers issue products in
 //                 turns, so that GELU of one runs behind a product of the other. For speed alone.
 // No barrier can run a phase ahead of a wait: whoever completes the next phase has waited, itself or through others, for
@@ -27,6 +32,7 @@
 // Both thread blocks take the same steps: rows beyond the end arrive as zeros and are not stored.
 // The cluster meets before the first copy, so that barriers are set, and at the end, so that no copy or arrival finds its
 // target gone: copies are over then, as consumers waited for each.
+// Rows of x of the FiLM MLP are awaited after a tile's last product, and asked for before that.
 //
 // Registers: 128 x (24 + 240 + 240) = 64512 of 65536; wgmma's begin at 24, 192 + 16 + 8 of them, so that chunks of 48
 // would not do. Shared memory: 96 KiB of rows + 120 KiB of weights + 128 bytes of barriers, of 227 KiB.
@@ -37,8 +43,10 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "accumulator.cuh"
+#include "film_mlp.h"
 
 namespace vitup::residual_mlp {
 
@@ -71,6 +79,17 @@ struct Arguments {
   std::uint32_t rows;    // at most 2^30
   std::uint32_t hidden;  // multiple of CHUNK
 };
+
+struct FilmArguments : Arguments {
+  const void* tokens;  // [images, token_rows * token_columns, DIM] bfloat16
+  cuda::FilmSource source;
+  const std::uint16_t* norm_weight;  // [DIM] bfloat16, of LN'
+  const std::uint16_t* norm_bias;    // [DIM] bfloat16
+  std::int64_t queries, token_rows, token_columns;
+};
+
+template <class AnyArguments>
+constexpr bool FILM = std::is_same_v<AnyArguments, FilmArguments>;
 
 struct alignas(1024) Shared {
   unsigned char x[CONSUMERS][STRIPS][X_STRIP_BYTES];
@@ -118,12 +137,13 @@ VITUP_DEVICE void produce_weights(const Arguments& a, Shared& shared, const Plac
   }
 }
 
-// One thread: bring the rows of both consumers.
-VITUP_DEVICE void produce_rows(const Arguments& a, Shared& shared, const Place& at) {
-  std::uint32_t phase = 0;
+// One thread: bring the rows of x of both consumers.
+template <class AnyArguments>
+VITUP_DEVICE void produce_rows(const AnyArguments& a, Shared& shared, const Place& at) {
+  std::uint32_t phase = FILM<AnyArguments> ? 0 : 1;
   for (std::uint32_t tile = at.cluster * CLUSTER_ROWS; tile < a.rows; tile += at.clusters * CLUSTER_ROWS) {
     for (std::uint32_t w = 0; w < CONSUMERS; ++w) {
-      barrier_wait(shared.x_empty[w], phase ^ 1);
+      barrier_wait(shared.x_empty[w], phase);
       barrier_arrive_expect(shared.x_full[w], STRIPS * X_STRIP_BYTES);
       for (std::uint32_t strip = 0; strip < STRIPS; ++strip)
         tma_load(shared.x[w][strip], a.x, tile + at.block * BLOCK_ROWS + w * ROWS, strip * WIDE, shared.x_full[w]);
@@ -171,9 +191,51 @@ VITUP_DEVICE Pair row_squares(const Value& value, const Pair& mean) {
   return squares;
 }
 
-// Read a consumer's rows, write them back normalised, and begin the sums with them and bias2.
-VITUP_DEVICE void begin_tile(
-    Sums& sums, unsigned char (&x)[STRIPS][X_STRIP_BYTES], const float* bias2, std::uint32_t thread) {
+using Rows = unsigned char[STRIPS][X_STRIP_BYTES];  // of a consumer
+
+// Gather a consumer's rows (1 + gamma) token + beta, 16 for each warp. Half a warp reads a strip of a row side by side, and
+// loads for all rows are under way together. Strip by strip: neighbours share tokens and rows of the table, so that the L1
+// cache has to keep little.
+VITUP_DEVICE void gather_rows(const FilmArguments& a, Rows& rows, std::uint32_t first_row, std::uint32_t thread) {
+  constexpr int PAIRS = 8;
+  const std::uint32_t lane = thread % 32, first = thread / 32 * 16, half = lane / 16, column = lane % 16 * 4;
+  // Each lane of a half looks one row up. Beyond the end it is the last one, which is not stored.
+  const std::uint32_t own = first_row + first + lane % 16;
+  const cuda::TokenAndFilmRow place(a, own < a.rows ? own : a.rows - 1);
+  std::uint32_t token[PAIRS], film[PAIRS];
+#pragma unroll
+  for (int pair = 0; pair < PAIRS; ++pair) {
+    token[pair] = shuffle(static_cast<std::uint32_t>(place.token), 2 * pair + half);
+    film[pair] = shuffle(static_cast<std::uint32_t>(place.film_row), 2 * pair + half);
+  }
+  const auto* tokens = static_cast<const cuda::bfloat16*>(a.tokens) + column;
+  const float* gammas = static_cast<const float*>(a.source.gamma_beta) + column;
+#pragma unroll 1
+  for (std::uint32_t strip = 0; strip < STRIPS; ++strip) {
+    float tokens_of[PAIRS][4], gamma[PAIRS][4], beta[PAIRS][4];
+#pragma unroll
+    for (int pair = 0; pair < PAIRS; ++pair) {
+      cuda::load<4, true>(tokens + std::uint64_t{token[pair]} * DIM + strip * WIDE, tokens_of[pair]);
+      cuda::load<4, true>(gammas + std::uint64_t{film[pair]} * 2 * DIM + strip * WIDE, gamma[pair]);
+      cuda::load<4, true>(gammas + std::uint64_t{film[pair]} * 2 * DIM + DIM + strip * WIDE, beta[pair]);
+    }
+#pragma unroll
+    for (int pair = 0; pair < PAIRS; ++pair) {
+      float modulated[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        modulated[i] = tokens_of[pair][i] + fmaf(tokens_of[pair][i], gamma[pair][i], beta[pair][i]);
+      const std::uint32_t words[2] = {
+          pack_bfloat16(modulated[0], modulated[1]), pack_bfloat16(modulated[2], modulated[3])};
+      store_shared(&rows[strip][strip_offset<WIDE * 2>(first + 2 * pair + half, column)], words);
+    }
+  }
+  warp_sync();
+}
+
+// Read a consumer's rows, write them back normalised, and begin the sums with bias2, and with them if they are residuals.
+template <bool RESIDUAL>
+VITUP_DEVICE void begin_tile(Sums& sums, Rows& x, const float* bias2, std::uint32_t thread) {
   const std::uint32_t row = accumulator_row(thread), column = accumulator_column(thread);
   // For moments a thread reads a quarter of its two rows, 16 bytes at a time, pieces 0, 2, 4 and 6 before the others: so
   // two rows meet no bank twice. The loop stays rolled, and rows are read once more below: registers would not hold them.
@@ -218,10 +280,35 @@ VITUP_DEVICE void begin_tile(
           place(i), pack_bfloat16((low - mean.of[half]) * rstd.of[half], (high - mean.of[half]) * rstd.of[half]));
       const Pair bias = load_pair(bias2 + strip * WIDE + i / 2 * 8 + column);
       float* sum = &sums[strip / 2][strip % 2 * (WIDE / 2) + 2 * i];
-      sum[0] = low + bias.of[0];
-      sum[1] = high + bias.of[1];
+      sum[0] = RESIDUAL ? low + bias.of[0] : bias.of[0];
+      sum[1] = RESIDUAL ? high + bias.of[1] : bias.of[1];
     }
   }
+}
+
+// Normalise the sums, and add rows of x.
+VITUP_DEVICE void add_normed(const FilmArguments& a, Sums& sums, const Rows& x, std::uint32_t thread) {
+  const std::uint32_t column = accumulator_column(thread);
+  const std::uint32_t first = strip_offset<WIDE * 2>(accumulator_row(thread), column);
+  const std::uint16_t *weights = a.norm_weight + column, *biases = a.norm_bias + column;
+  const auto value = [&](int part, int i) { return sums[part][i]; };
+  const Pair mean = row_means(value), squares = row_squares(value, mean);
+  const Pair rstd = {{reciprocal_sqrt(fmaf(squares.of[0], 1.0f / DIM, EPS)),
+      reciprocal_sqrt(fmaf(squares.of[1], 1.0f / DIM, EPS))}};
+#pragma unroll
+  for (int strip = 0; strip < STRIPS; ++strip)
+#pragma unroll
+    for (int piece = 0; piece < WIDE / 8; ++piece) {
+      const Pair weight = load_pair(weights + strip * WIDE + piece * 8);
+      const Pair bias = load_pair(biases + strip * WIDE + piece * 8);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const std::uint32_t pair = load_shared(&x[strip][(first ^ (piece * 16)) + half * 8 * WIDE * 2]);
+        float* sum = &sums[strip / 2][strip % 2 * (WIDE / 2) + 4 * piece + 2 * half];
+        sum[0] = fmaf((sum[0] - mean.of[half]) * rstd.of[half], weight.of[0], bias.of[0]) + low_bfloat16(pair);
+        sum[1] = fmaf((sum[1] - mean.of[half]) * rstd.of[half], weight.of[1], bias.of[1]) + high_bfloat16(pair);
+      }
+    }
 }
 
 // Write a consumer's results.
@@ -257,7 +344,8 @@ VITUP_DEVICE void end_tile(const Arguments& a, const Sums& sums, std::uint32_t f
 }
 
 // A warpgroup: compute 64 rows of every tile.
-VITUP_DEVICE void consume(const Arguments& a, Shared& shared, const Place& at, std::uint32_t w) {
+template <class AnyArguments>
+VITUP_DEVICE void consume(const AnyArguments& a, Shared& shared, const Place& at, std::uint32_t w) {
   const std::uint32_t thread = at.thread % WARPGROUP, lane = thread % 32;
   const std::uint32_t weights = shared_address(shared.weights);
   const std::uint64_t x = operand_descriptor<WIDE * 2>(shared_address(shared.x[w]));
@@ -283,11 +371,19 @@ VITUP_DEVICE void consume(const Arguments& a, Shared& shared, const Place& at, s
     ring.advance();
   };
 
-  for (std::uint32_t tile = at.cluster * CLUSTER_ROWS; tile < a.rows; tile += at.clusters * CLUSTER_ROWS) {
-    Sums sums;
+  const auto await_x = [&] {
     barrier_wait(shared.x_full[w], x_phase);
     x_phase ^= 1;
-    begin_tile(sums, shared.x[w], a.bias2, thread);
+  };
+
+  for (std::uint32_t tile = at.cluster * CLUSTER_ROWS; tile < a.rows; tile += at.clusters * CLUSTER_ROWS) {
+    const std::uint32_t first_row = tile + at.block * BLOCK_ROWS + w * ROWS;
+    Sums sums;
+    if constexpr (FILM<AnyArguments>)
+      gather_rows(a, shared.x[w], first_row, thread);
+    else
+      await_x();
+    begin_tile<!FILM<AnyArguments>>(sums, shared.x[w], a.bias2, thread);
     fence_async();
     warpgroup_sync(1 + w);
     for (std::uint32_t chunk = 0; chunk < a.hidden; chunk += CHUNK) {
@@ -325,12 +421,17 @@ VITUP_DEVICE void consume(const Arguments& a, Shared& shared, const Place& at, s
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) keep_in_place(sums[part]);
     }
-    end_tile(a, sums, tile + at.block * BLOCK_ROWS + w * ROWS, thread);
+    if constexpr (FILM<AnyArguments>) {
+      await_x();
+      add_normed(a, sums, shared.x[w], thread);
+    }
+    end_tile(a, sums, first_row, thread);
   }
 }
 
 // What a thread does. All threads of a cluster come and leave together.
-VITUP_DEVICE void run_thread(const Arguments& a, Shared& shared, const Place& at) {
+template <class AnyArguments>
+VITUP_DEVICE void run_thread(const AnyArguments& a, Shared& shared, const Place& at) {
   if (at.thread == 0) init_barriers(shared);
   cluster_sync();
   const std::uint32_t warp = uniform(at.thread / 32);
