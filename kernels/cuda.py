@@ -36,7 +36,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # These learn their number of rows from the launch's grid.
 COUNTED_BY_GRID = ("bilinear_sample_grid_backward_kernel", "segment_sum_kernel")
-RESIDUAL_MLP = "residual_mlp_sm90"
+RESIDUAL_MLP, FILM_MLP = "residual_mlp_sm90", "film_mlp_sm90"
 # Where compiled kernels were measured to be faster; `vitup_fast.bench.choose_compiled` writes it.
 FASTER = Path(__file__).parent / "configs" / "compiled.json"
 
@@ -70,14 +70,15 @@ def faster_widths(operation: str, device_name: str, dtype: torch.dtype) -> tuple
     return tuple(by_dtype.get(str(dtype).removeprefix("torch."), ()))
 
 
-def fits_residual_mlp(x: Tensor, hidden: int) -> bool:
-    """Whether rows ``[M, D]`` are for the compiled residual MLP: bfloat16, D = 384, compute capability 9.0, aligned.
+def fits_one_kernel(operation: str, hidden: int, x: Tensor, *others: Tensor) -> bool:
+    """Whether an MLP of rows ``x [..., D]`` runs as one compiled kernel.
 
-    It is written for these alone; other rows are left to Triton's kernels.
+    The kernels of ``"residual_mlp"`` and ``"film_mlp"`` are written for bfloat16, D = 384, compute capability 9.0 and
+    aligned tensors alone; what else there is takes several kernels, of which some may be compiled.
     """
-    if "residual_mlp" not in _chosen.get() or not x.is_cuda or x.dtype != torch.bfloat16:
+    if operation not in _chosen.get() or not x.is_cuda or x.dtype != torch.bfloat16:
         return False
-    if x.shape[1] != 384 or hidden % 64 or x.data_ptr() % 16:
+    if x.shape[-1] != 384 or hidden % 64 or any(t.data_ptr() % 16 for t in (x, *others)):
         return False
     return (
         torch.cuda.get_device_capability(x.device) == (9, 0)
@@ -98,6 +99,27 @@ def residual_mlp(
     """
     (M, D), E = x.shape, weights[0].shape[0]
     _call(RESIDUAL_MLP, x, (x, *weights, out, out_moments), (M, D, E))
+
+
+def film_mlp(
+    x: Tensor,  # [B, N, D]
+    tokens: Tensor,  # [B, h, w, D]
+    gamma_beta: Tensor,  # [R, 2 D] float32, or [B * N, 2 D] without a table
+    pointers: tuple[Tensor, Tensor, Tensor],  # as modulate_kernel takes them
+    table: bool,
+    weights: tuple[Tensor, Tensor, Tensor, Tensor],  # [E, D], [E], [D, E], [D]
+    out_norm: tuple[Tensor, Tensor],  # [D], [D]
+    out: Tensor,  # [B * N, D]
+    out_moments: Tensor | None,  # [B * N, 1, 2]
+) -> None:
+    """``x + LNl(W2 gelu(W1 LN1(m) + b1) + b2)`` of the modulated tokens m in one kernel, LN1 folded into W1 and b1.
+
+    Raises:
+        KernelError: CUDA refuses the launch, or the kernel its arguments; names the kernel and its sizes.
+    """
+    (B, N, D), E = x.shape, weights[0].shape[0]
+    tensors = (x, *weights, out, out_moments, tokens, gamma_beta, *pointers, *out_norm)
+    _call(FILM_MLP, x, tensors, (B * N, D, E, N, *tokens.shape[1:3], table))
 
 
 @cache

@@ -24,7 +24,7 @@ from vitup_fast.kernels import cuda as compiled
 from vitup_fast.kernels.cuda import compiled_kernels, launch_compiled
 from vitup_fast.kernels.triton import common
 from vitup_fast.kernels.triton.bilinear_sample import backward, sample, sample_moments
-from vitup_fast.kernels.triton.film_mlp import Modulation, modulate
+from vitup_fast.kernels.triton.film_mlp import FilmBuffers, Modulation, film_mlp, modulate
 from vitup_fast.kernels.triton.residual_mlp import fold_mlp, residual_mlp
 
 from vitup_fast import extension
@@ -445,26 +445,37 @@ def test_network_runs_with_compiled_kernels(monkeypatch):
     assert launched == []
 
 
-@pytest.mark.parametrize("want_moments", [False, True])
-def test_residual_mlp_in_one_kernel(generator, monkeypatch, want_moments):
-    """What the kernel for compute capability 9.0 is given, which no CPU runs: rows, folded weights and buffers."""
+@pytest.fixture
+def hopper_calls(monkeypatch):
+    """What the kernels for compute capability 9.0 are given, which no CPU runs."""
     calls = []
 
     class Host:
         types = extension.load().host.types
         residual_mlp_sm90 = staticmethod(lambda *args: calls.append(args))
+        film_mlp_sm90 = staticmethod(lambda *args: calls.append(args))
 
     monkeypatch.setattr(extension, "load", lambda: SimpleNamespace(host=Host))
-    monkeypatch.setattr(compiled, "fits_residual_mlp", lambda x, hidden: True)
+    monkeypatch.setattr(compiled, "fits_one_kernel", lambda operation, hidden, x, *others: True)
+    return calls
+
+
+def given(*tensors):
+    """Addresses and numbers of types of bfloat16, float32 and int64 tensors."""
+    types = extension.load().host.types
+    return tuple((t.data_ptr(), types.index(str(t.dtype).removeprefix("torch."))) for t in tensors)
+
+
+@pytest.mark.parametrize("want_moments", [False, True])
+def test_residual_mlp_in_one_kernel(generator, hopper_calls, want_moments):
+    """Rows, folded weights and buffers."""
     arguments = OPERATIONS["residual_mlp"].inputs(Sizes(B=1, N=5, D=384), generator, dtype=torch.bfloat16)
     layers = fold_mlp(*arguments["weights"])
     x, state, memory = arguments["x"][0], torch.empty(9, 384, dtype=torch.bfloat16), torch.empty(99)
     result, moments = residual_mlp(x, None, layers, out=state, out_moments=memory, want_moments=want_moments)
-    bf16, f32 = (Host.types.index(name) for name in ("bfloat16", "float32"))
-    tensors = ((x, bf16), (layers.first.weight, bf16), (layers.first.bias, f32), (layers.second.weight, bf16))
-    given = [(t.data_ptr(), kind) for t, kind in (*tensors, (layers.second.bias, f32), (state, bf16))]
-    last = (memory.data_ptr(), f32) if want_moments else None
-    assert calls == [(*given, last, 5, 384, 768, 0, 0)]
+    last = given(memory)[0] if want_moments else None
+    tensors = given(x, *layers.first[:2], *layers.second[:2], state)
+    assert hopper_calls == [(*tensors, last, 5, 384, 768, 0, 0)]
     assert result.shape == (5, 384)
     assert result.data_ptr() == state.data_ptr()
     assert (
@@ -474,20 +485,43 @@ def test_residual_mlp_in_one_kernel(generator, monkeypatch, want_moments):
     )
 
 
-def test_where_residual_mlp_runs_in_one_kernel(fake_gpu):
-    def fits(operations=implementations.COMPILED, hidden=1536, **changes):
+@pytest.mark.parametrize("want_moments", [False, True])
+@pytest.mark.parametrize("table", [False, True])
+def test_film_mlp_in_one_kernel(generator, hopper_calls, table, want_moments):
+    """The same, and tokens, modulation and the last LayerNorm; nothing else is launched."""
+    x, tokens, source = film(generator, torch.bfloat16, 384, table, N=9)
+    weights = OPERATIONS["film_mlp"].inputs(Sizes(D=384, expansion=4), generator, dtype=torch.bfloat16)[
+        "weights"
+    ]
+    layers, out_norm = fold_mlp(*weights.mlp), weights[1:]
+    state, memory = torch.empty(20, 384, dtype=torch.bfloat16), torch.empty(99)
+    buffers = FilmBuffers(out=state, out_moments=memory)
+    result, moments = film_mlp(x, tokens, source, layers, out_norm, buffers, want_moments)
+    tensors = given(x, *layers.first[:2], *layers.second[:2], state)
+    read = given(tokens, source.gamma_beta, *source.pointers(), *out_norm)
+    last = given(memory)[0] if want_moments else None
+    assert hopper_calls == [(*tensors, last, *read, 18, 384, 1536, 9, 5, 7, table, 0, 0)]
+    assert (result.shape, result.data_ptr()) == ((18, 384), state.data_ptr())
+    assert (moments is not None) == want_moments
+
+
+@pytest.mark.parametrize("operation", ["residual_mlp", "film_mlp"])
+def test_where_mlps_run_in_one_kernel(fake_gpu, operation):
+    def fits(operations=implementations.COMPILED, hidden=1536, other=512, **changes):
         facts = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (8, 384), "device": None}
         facts |= {"data_ptr": lambda: 256, **changes}
         with compiled_kernels(operations):
-            return compiled.fits_residual_mlp(SimpleNamespace(**facts), hidden)
+            weight = SimpleNamespace(data_ptr=lambda: other)
+            return compiled.fits_one_kernel(operation, hidden, SimpleNamespace(**facts), weight)
 
     assert fits()
-    assert not fits(operations=("film_mlp",))
+    assert not fits(operations=set(implementations.COMPILED) - {operation})
     assert not fits(is_cuda=False)
     assert not fits(dtype=torch.float16)
     assert not fits(shape=(8, 768))
     assert not fits(hidden=96)
     assert not fits(data_ptr=lambda: 258)
+    assert not fits(other=520)
     fake_gpu.architectures = lambda: ["80", "100a"]
     assert not fits()
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.film_mlp import check_indices
+from .. import cuda
 from .common import (
     fractional_turns,
     launch,
@@ -22,7 +23,7 @@ from .common import (
     sine_cosine,
     wide,
 )
-from .linear import Folded, column_sum, fold, linear, mlp_backward
+from .linear import Folded, column_sum, fold, in_buffer, linear, mlp_backward
 from .residual_mlp import FoldedMLP, fold_mlp, normed_mlp_backward
 
 
@@ -332,13 +333,23 @@ def film_mlp(
     want_moments: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """``x + LNl(W2 gelu(W1 LN1(m) + b1) + b2)`` of the modulated tokens m, ``[M, D]``, and the moments of its rows."""
+    rows, E = x.view(-1, x.shape[-1]), layers.first.weight.shape[0]
+    read = (tokens, modulation.gamma_beta, layers.second.weight, *out_norm)
+    if cuda.fits_one_kernel("film_mlp", E, x, *read):
+        out, out_moments = in_buffer(buffers.out, rows.shape, x.dtype, x), None
+        if want_moments:
+            out_moments = in_buffer(buffers.out_moments, (len(rows), 1, 2), wide(x.dtype), x)
+        weights, table = (*layers.first[:2], *layers.second[:2]), modulation.row is not None
+        source = (modulation.gamma_beta, modulation.pointers(), table)
+        cuda.film_mlp(x, tokens, *source, weights, out_norm, out, out_moments)
+        return out, out_moments
     modulated, moments = modulate(x, tokens, modulation, buffers.modulated, buffers.modulated_moments)
     hidden, _ = linear(modulated, layers.first, moments, gelu=True, out=buffers.hidden)  # [M, E]
     return linear(
         hidden,
         layers.second,
         out_norm=out_norm,
-        residual=x.view(modulated.shape),
+        residual=rows,
         out=buffers.out,
         out_moments=buffers.out_moments,
         scratch=buffers.local,

@@ -35,7 +35,7 @@ def residual_mlp(
     want_moments: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """``x + W2 gelu(W1 LN(x) + b1) + b2`` and the moments of its rows; buffers as for :func:`linear`."""
-    if cuda.fits_residual_mlp(x, layers.first.weight.shape[0]):
+    if cuda.fits_one_kernel("residual_mlp", layers.first.weight.shape[0], x, layers.second.weight):
         result, new_moments = in_buffer(out, x.shape, x.dtype, x), None
         if want_moments:
             new_moments = in_buffer(out_moments, (len(x), 1, 2), wide(x.dtype), x)
