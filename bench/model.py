@@ -13,16 +13,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from vitup_fast.bench.command import check_writable, exit_code
 from vitup_fast.bench.harness import DTYPES, PRESETS, write_json
 from vitup_fast.bench.launches import CALLS, network_launches
+from vitup_fast.kernels.cuda import fills_waves
 from vitup_fast.kernels.triton import common, tiles
 
 from vitup_fast import ViTUpConfig
+from vitup_fast.ops.coordinates import nearest_token
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Machine:
         multiprocessors: number of them.
         clock: cycles per second.
         latency: of a read from the L2 cache with its waiting, in seconds.
+        shared: bytes that a multiprocessor reads or writes of its shared memory in a cycle.
+        turn: cycles in which one consumer of an MLP in one kernel hands the matrix unit to the other: guessed.
         gap: between two kernels of a graph, in seconds.
     """
 
@@ -49,6 +53,8 @@ class Machine:
     multiprocessors: int = common.TYPICAL_MULTIPROCESSORS
     clock: float = 1.7e9
     latency: float = 0.5e-6
+    shared: float = 128.0
+    turn: float = 50.0
     gap: float = 0.8e-6
 
     @property
@@ -149,10 +155,117 @@ def rows_cost(name: str, values: dict[str, Any], machine: Machine) -> Cost:
     return Cost(name, 0.0, traffic, memory, 1.0, seconds)
 
 
-def cost(launch: common.Launch, machine: Machine, capability: int) -> Cost:
+class OneKernelMLP(NamedTuple):
+    """An MLP as one kernel (``csrc/cuda/residual_mlp_kernel.cuh``), in the place of the launches of its parts.
+
+    Attributes:
+        rows: number of rows M.
+        hidden: width E of the hidden layer.
+        token: of the FiLM MLP, token of each row, else None.
+        film: of the FiLM MLP, row of ``[gamma, beta]`` of each row, else None.
+    """
+
+    rows: int
+    hidden: int
+    token: Tensor | None  # [M]
+    film: Tensor | None  # [M]
+
+
+# Its sizes, and instructions that a warp of it executes for a tile beside its products, counted in the code of sm_90a.
+MLP_DIM, MLP_ROWS, MLP_CHUNK = 384, 128, 32
+MLP_INSTRUCTIONS, FILM_INSTRUCTIONS = 3500, 7050
+
+
+def values_of(launch: common.Launch) -> dict[str, Any]:
+    """Arguments of a launch by name."""
+    return dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.options
+
+
+def with_one_kernel_mlps(
+    launches: Sequence[common.Launch], machine: Machine = Machine()
+) -> list[common.Launch | OneKernelMLP]:
+    """The launches of ``impl="cuda"`` on Hopper: an MLP's are one where the kernel takes its dtype, width and rows."""
+    found: list[common.Launch | OneKernelMLP] = []
+    # Both products of an MLP, gathering before and a LayerNorm in a pass of its own after them.
+    waiting = list(launches)
+    while waiting:
+        launch = waiting.pop(0)
+        first, second = values_of(launch), values_of(waiting[0]) if waiting else {}
+        hidden = first.get("p_out")
+        is_mlp = (
+            first.get("GELU")
+            and second.get("p_x") is not None
+            and second["p_x"].data_ptr() == hidden.data_ptr()
+            and first["p_x"].dtype == torch.bfloat16
+            and first["K"] == second["N"] == MLP_DIM
+            and fills_waves(first["M"], machine.multiprocessors)
+        )
+        if not is_mlp:
+            found.append(launch)
+            continue
+        waiting.pop(0)
+        token = film = None
+        if found and isinstance(found[-1], common.Launch):
+            before = values_of(found[-1])
+            if "p_gamma_beta" in before and before["p_out"].data_ptr() == first["p_x"].data_ptr():
+                token, film = film_rows(before)
+                found.pop()
+        if token is not None and not second["OUT_NORM"]:
+            waiting.pop(0)
+        found.append(OneKernelMLP(first["M"], first["N"], token, film))
+    return found
+
+
+def film_rows(modulate: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Token and row of ``[gamma, beta]`` of each row that ``modulate_kernel`` makes."""
+    M, grid = modulate["M"], (modulate["token_h"], modulate["token_w"])
+    if modulate["TABLE"]:
+        images = M // modulate["N"]
+        return modulate["p_token"].repeat(images), modulate["p_table_row"].repeat(images)
+    rows = torch.arange(M, dtype=torch.int64, device="cpu")
+    return nearest_token(modulate["p_coords"], grid)[0].flatten(), rows
+
+
+def distinct(index: Tensor) -> float:
+    """Different numbers among those of a tile, on average."""
+    tiles_of = index[: max(1, len(index) // MLP_ROWS) * MLP_ROWS].view(-1, min(MLP_ROWS, len(index)))
+    return 1.0 + tiles_of.sort(1).values.diff(dim=1).ne(0).sum(1).double().mean().item()
+
+
+def mlp_cost(mlp: OneKernelMLP, machine: Machine) -> Cost:
+    """An MLP in one kernel: chunk after chunk of hidden columns, each bound by products or shared memory.
+
+    Cycles are those of the clock at which the matrix units reach their rate. Rows that the FiLM MLP gathers come from
+    the L2 cache once for a tile: the L1 cache keeps the strip that neighbours share.
+    """
+    M, E, D, rows = mlp.rows, mlp.hidden, MLP_DIM, MLP_ROWS
+    clock = machine.matrix / machine.multiprocessors / 4096  # 2048 multiply-adds a cycle
+    tiles_of = -(-M // (2 * rows)) * 2  # in clusters of two
+    waves = -(-tiles_of // (machine.multiprocessors // 2 * 2))
+    share = min(machine.l2 / min(tiles_of, machine.multiprocessors), tiles.MULTIPROCESSOR_L2) / clock
+    weights = D * MLP_CHUNK * 2
+    products = 2 * rows * D * MLP_CHUNK / 2048
+    # Both consumers of a block read their rows and W1's chunk, and W2's; copies write both chunks.
+    shared = (rows * D * 2 + 6 * weights) / machine.shared
+    chunk = max(products, shared, weights / share) + 4 * machine.turn
+    # Four schedulers issue for a warp of each consumer.
+    instructions, gathered = 2.0 * MLP_INSTRUCTIONS, 0.0
+    if mlp.film is not None:
+        instructions = 2.0 * FILM_INSTRUCTIONS
+        gathered = distinct(mlp.token) * D * 2 + distinct(mlp.film) * D * 8
+    tile = E / MLP_CHUNK * chunk + instructions + gathered / share
+    traffic = tiles_of * (2 * rows * D * 2 + E / MLP_CHUNK * weights + gathered)
+    title = f"{'film' if gathered else 'residual'} mlp in one kernel {D} -> {E} -> {D}"
+    memory = 2 * beyond_cache(machine, M * D * 2)
+    return Cost(title, 4.0 * M * D * E, traffic, memory, waves, waves * tile / clock + tiles.START_SECONDS)
+
+
+def cost(launch: common.Launch | OneKernelMLP, machine: Machine, capability: int) -> Cost:
     """What a launch of the forward pass costs."""
+    if isinstance(launch, OneKernelMLP):
+        return mlp_cost(launch, machine)
     name = launch.kernel.fn.__name__.removesuffix("_kernel")
-    values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.options
+    values = values_of(launch)
     if name in ("linear", "linear_argmax"):
         return product_cost(name, values, machine, capability)
     if name == "rope_cross_attention":
@@ -196,7 +309,10 @@ class Prediction:
 
 
 def predict(
-    title: str, launches: Sequence[common.Launch], machine: Machine = Machine(), capability: int = 90
+    title: str,
+    launches: Sequence[common.Launch | OneKernelMLP],
+    machine: Machine = Machine(),
+    capability: int = 90,
 ) -> Prediction:
     """Predict a call from its launches."""
     rows: dict[str, dict[str, Any]] = {}
@@ -227,6 +343,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--call", nargs="+", choices=forward, default=["dense 448", "dense 1024", "scattered 4096"])
     add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="compute type (default: bfloat16)")
     add("--sm", type=int, default=90, help="compute capability (default: 90)")
+    add(
+        "--one-kernel", action="store_true", help="MLPs in one kernel each, as impl='cuda' has them on Hopper"
+    )
     add("--json", type=Path, metavar="PATH", help="write the figures to this file")
     for one in fields(Machine):
         add(f"--{one.name}", type=type(one.default), default=one.default, help=f"default: {one.default:g}")
@@ -240,6 +359,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         recorded = network_launches(config, getattr(torch, options.dtype), options.sm, tuple(options.call))
         for call, launches in recorded.items():
             title = f"ViT-Up D={config.dim}, {call}, {options.dtype}"
+            if options.one_kernel:
+                launches, title = with_one_kernel_mlps(launches, machine), f"{title}, MLPs in one kernel"
             found.append(predict(title, launches, machine, options.sm))
             print(found[-1].table() + "\n", flush=True)
     if options.json is not None:

@@ -4,7 +4,7 @@
 #   bench/run_gpu.sh RESULTS_DIR CALL [--device DEVICE] [--archive FILE] [STEP ...]
 #
 # CALL 1: is it right, how fast is it, what bounds it (bfloat16)
-#   environment  check  dense  profile  base  chunks  sparse  peaks  l2  hopper
+#   environment  check  dense  profile  base  chunks  sparse  peaks  l2  hopper  hopper_film
 # CALL 2: everything else that is promised
 #   correctness  compiled  compiled_base  large  training  operations
 # CALL 3: what takes longest
@@ -15,8 +15,8 @@
 # packed anew into FILE (RESULTS_DIR/callN.tar.gz), so that whatever ends the call, one file holds what there is. What
 # failed in correctness.json or check.json gets no time, in later calls with the same directory either.
 #
-# Nothing is installed or fetched. `make gpu-extension` makes, on another machine, the extension that `hopper`, `bits`,
-# `racecheck`, `synccheck` and `kernels` need: build/gpu/_C.*.so. VITUP_BENCH_DEVICE names the device too; on "cpu" sizes
+# Nothing is installed or fetched. `make gpu-extension` makes, on another machine, the extension that `hopper`,
+# `hopper_film`, `bits`, `racecheck`, `synccheck` and `kernels` need: build/gpu/_C.*.so. VITUP_BENCH_DEVICE names the device too; on "cpu" sizes
 # are tiny, to try the script itself. PYTHON names the interpreter (python3).
 # Exit code: 0 if all steps passed, 1 if one did not, 2 for a wrong argument.
 set -uo pipefail
@@ -30,7 +30,7 @@ call=
 archive=
 chosen=()
 declare -A steps=(
-  [1]="environment:30 check:90 dense:60 profile:45 base:50 chunks:50 sparse:40 peaks:30 l2:60 hopper:40"
+  [1]="environment:30 check:90 dense:60 profile:45 base:50 chunks:50 sparse:40 peaks:30 l2:50 hopper:40 hopper_film:30"
   [2]="correctness:170 compiled:110 compiled_base:90 large:70 training:50 operations:40"
   [3]="memcheck:100 bits:40 racecheck:40 synccheck:40 kernels:40 tune:270"
 )
@@ -197,6 +197,10 @@ l2() {
 hopper() {
   needs_extension hopper || return
   timed hopper residual_mlp --preset "$splus" --queries "$queries" --no-compile --impl triton cuda
+}
+hopper_film() {
+  needs_extension hopper_film || return
+  timed hopper_film film_mlp --preset "$splus" --queries "$queries" --no-compile --impl triton cuda
 }
 
 correctness() { bench correctness correctness --impl "$impl" torch "${quick[@]}"; }

@@ -70,20 +70,30 @@ def faster_widths(operation: str, device_name: str, dtype: torch.dtype) -> tuple
     return tuple(by_dtype.get(str(dtype).removeprefix("torch."), ()))
 
 
+def fills_waves(rows: int, multiprocessors: int) -> bool:
+    """Whether an MLP of so many rows is faster in one kernel than in several, as bench/NOTES.md predicts.
+
+    Clusters of two multiprocessors take 256 rows at a time, and as long for fewer; of their places two thirds pay.
+    """
+    tiles, places = -(-rows // 256), multiprocessors // 2
+    return 3 * tiles >= 2 * -(-tiles // places) * places
+
+
 def fits_one_kernel(operation: str, hidden: int, x: Tensor, *others: Tensor) -> bool:
     """Whether an MLP of rows ``x [..., D]`` runs as one compiled kernel.
 
     The kernels of ``"residual_mlp"`` and ``"film_mlp"`` are written for bfloat16, D = 384, compute capability 9.0 and
-    aligned tensors alone; what else there is takes several kernels, of which some may be compiled.
+    aligned tensors alone, and pay for rows that fill the GPU; what else there is takes several kernels, of which some
+    may be compiled.
     """
     if operation not in _chosen.get() or not x.is_cuda or x.dtype != torch.bfloat16:
         return False
     if x.shape[-1] != 384 or hidden % 64 or any(t.data_ptr() % 16 for t in (x, *others)):
         return False
-    return (
-        torch.cuda.get_device_capability(x.device) == (9, 0)
-        and "90a" in extension.load().cuda.architectures()
-    )
+    if torch.cuda.get_device_capability(x.device) != (9, 0):
+        return False
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return fills_waves(x.numel() // 384, processors) and "90a" in extension.load().cuda.architectures()
 
 
 def residual_mlp(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -508,8 +509,9 @@ def test_film_mlp_in_one_kernel(generator, hopper_calls, table, want_moments):
 @pytest.mark.parametrize("operation", ["residual_mlp", "film_mlp"])
 def test_where_mlps_run_in_one_kernel(fake_gpu, operation):
     def fits(operations=implementations.COMPILED, hidden=1536, other=512, **changes):
-        facts = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (8, 384), "device": None}
+        facts = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (16896, 384), "device": None}
         facts |= {"data_ptr": lambda: 256, **changes}
+        facts["numel"] = lambda: math.prod(facts["shape"])
         with compiled_kernels(operations):
             weight = SimpleNamespace(data_ptr=lambda: other)
             return compiled.fits_one_kernel(operation, hidden, SimpleNamespace(**facts), weight)
@@ -518,7 +520,10 @@ def test_where_mlps_run_in_one_kernel(fake_gpu, operation):
     assert not fits(operations=set(implementations.COMPILED) - {operation})
     assert not fits(is_cuda=False)
     assert not fits(dtype=torch.float16)
-    assert not fits(shape=(8, 768))
+    assert not fits(shape=(16896, 768))
+    # Two thirds of 66 clusters of 256 rows, in one wave or two.
+    for rows, enough in ((43 * 256, False), (43 * 256 + 1, True), (67 * 256, False), (88 * 256, True)):
+        assert fits(shape=(2, rows // 2, 384) if rows % 2 == 0 else (rows, 384)) == enough
     assert not fits(hidden=96)
     assert not fits(data_ptr=lambda: 258)
     assert not fits(other=520)
@@ -559,6 +564,8 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(implementations, "_triton_obstacle", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: "NVIDIA H100 80GB HBM3")
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index=0: properties)
     monkeypatch.setattr(extension, "obstacle", lambda part: None)
     cuda = SimpleNamespace(architectures=lambda: ["80", "90a"])
     monkeypatch.setattr(extension, "load", lambda: SimpleNamespace(cuda=cuda))

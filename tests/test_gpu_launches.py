@@ -240,6 +240,31 @@ def test_the_model_counts_every_product(config, recorded):
     assert f"{1e3 * found.seconds:.1f} ms" in found.table()
 
 
+def test_mlps_in_one_kernel_by_the_model(config, recorded):
+    """Three of a block, the same products, and gathering that depends on what neighbours share."""
+    several = recorded["dense 448"]
+    merged = model.with_one_kernel_mlps(several)
+    if config.dim != 384:
+        assert merged == several
+        return
+    assert model.with_one_kernel_mlps(recorded["scattered 4096"]) == recorded["scattered 4096"]
+    mlps = [one for one in merged if isinstance(one, model.OneKernelMLP)]
+    others = [one for one in merged if not isinstance(one, model.OneKernelMLP)]
+    chunks = len(sampled(several))
+    assert Counter((m.hidden, m.film is not None) for m in mlps) == {
+        (768, False): 6 * chunks,
+        (1536, False): 6 * chunks,
+        (1536, True): 6 * chunks,
+    }
+    one, other = model.predict("", merged), model.predict("", several)
+    assert one.flops == pytest.approx(other.flops, rel=1e-9)
+    kept = {one.kernel.fn.__name__ for one in others}
+    assert kept == {"bilinear_sample_kernel", "rope_cross_attention_kernel", "linear_kernel"}
+    film = next(m for m in mlps if m.film is not None)
+    scattered = film._replace(film=torch.arange(film.rows))
+    assert model.mlp_cost(scattered, model.Machine()).seconds > model.mlp_cost(film, model.Machine()).seconds
+
+
 def test_smaller_chunks_are_slower_by_the_model(config):
     made = launches.network_and_cache(config, torch.bfloat16)
     seconds = []

@@ -15,7 +15,19 @@ from vitup_fast.bench.harness import write_json
 
 SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "run_gpu.sh"
 CALLS = {
-    1: ["environment", "check", "dense", "profile", "base", "chunks", "sparse", "peaks", "l2", "hopper"],
+    1: [
+        "environment",
+        "check",
+        "dense",
+        "profile",
+        "base",
+        "chunks",
+        "sparse",
+        "peaks",
+        "l2",
+        "hopper",
+        "hopper_film",
+    ],
     2: ["correctness", "compiled", "compiled_base", "large", "training", "operations"],
     3: ["memcheck", "bits", "racecheck", "synccheck", "kernels", "tune"],
 }
