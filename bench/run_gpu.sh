@@ -8,7 +8,7 @@
 # CALL 2: everything else that is promised
 #   correctness  compiled  compiled_base  large  training  operations
 # CALL 3: what takes longest
-#   memcheck  bits  racecheck  synccheck  kernels  tune
+#   memcheck  bits  racecheck  synccheck  kernels  check_compiled  tune
 #
 # A step gets the seconds that stand beside it below, or what is left of the call, but never less than 30: then it is left
 # out. It writes NAME.log and, after every case, NAME.json into RESULTS_DIR; after each step all of RESULTS_DIR is
@@ -16,8 +16,9 @@
 # failed in correctness.json or check.json gets no time, in later calls with the same directory either.
 #
 # Nothing is installed or fetched. `make gpu-extension` makes, on another machine, the extension that `hopper`,
-# `hopper_film`, `bits`, `racecheck`, `synccheck` and `kernels` need: build/gpu/_C.*.so. VITUP_BENCH_DEVICE names the device too; on "cpu" sizes
-# are tiny, to try the script itself. PYTHON names the interpreter (python3).
+# `hopper_film`, `bits`, `racecheck`, `synccheck`, `kernels` and `check_compiled` need: build/gpu/_C.*.so.
+# VITUP_BENCH_DEVICE names the device too; on "cpu" sizes are tiny, to try the script itself. PYTHON names the interpreter
+# (python3).
 # Exit code: 0 if all steps passed, 1 if one did not, 2 for a wrong argument.
 set -uo pipefail
 
@@ -32,7 +33,7 @@ chosen=()
 declare -A steps=(
   [1]="environment:30 check:90 dense:60 profile:45 base:50 chunks:50 sparse:40 peaks:30 l2:50 hopper:40 hopper_film:30"
   [2]="correctness:170 compiled:110 compiled_base:90 large:70 training:50 operations:40"
-  [3]="memcheck:100 bits:40 racecheck:40 synccheck:40 kernels:40 tune:270"
+  [3]="memcheck:100 bits:40 racecheck:40 synccheck:40 kernels:40 check_compiled:50 tune:220"
 )
 
 usage() {
@@ -224,6 +225,11 @@ synccheck() { needs_extension synccheck && sanitized synccheck synccheck cuda bi
 kernels() {
   needs_extension kernels || return
   timed kernels operations --impl triton cuda --preset "$splus" --queries "$queries" --no-compile
+}
+# The network with compiled kernels, at the size at which its MLPs are one kernel each.
+check_compiled() {
+  needs_extension check_compiled || return
+  bench check_compiled correctness --impl cuda --dtype "$dtype" --chunk
 }
 tune() {
   needs_gpu tune || return

@@ -29,7 +29,7 @@ CALLS = {
         "hopper_film",
     ],
     2: ["correctness", "compiled", "compiled_base", "large", "training", "operations"],
-    3: ["memcheck", "bits", "racecheck", "synccheck", "kernels", "tune"],
+    3: ["memcheck", "bits", "racecheck", "synccheck", "kernels", "check_compiled", "tune"],
 }
 LIMIT = 9 * 60
 
