@@ -82,7 +82,7 @@ def emulator(tmp_path_factory):
         words = (program, kernel, read, written, clusters, seed, fault, *sizes)
         done = subprocess.run([*map(str, words)], capture_output=True, text=True)
         if done.returncode:
-            return None, done.stderr
+            return None, done.stderr or f"exit code {done.returncode}"
         return torch.frombuffer(bytearray(written.read_bytes()), dtype=torch.uint8), None
 
     return run

@@ -2,11 +2,13 @@
 // and hopper.cuh's functions are emulated with the liberties the hardware has. Copies land late and in any order, products
 // read their operands when they are issued, when they are waited for or between, warps drift apart. What the hardware
 // would answer with a hang or with wrong numbers is an error here: waits that never end, phases that are missed, barriers
-// that overflow, operands that are still under way or were stored without a fence, thread blocks that have gone.
+// that overflow, operands that are still under way or were stored without a fence, stores of others that no meeting made
+// visible, thread blocks that have gone, reads beyond what there is.
 //
 // hopper_emulator KERNEL IN OUT CLUSTERS SEED FAULT SIZE...
 //   IN, OUT  files with what the kernel reads and writes, as its function below says
 //   FAULT    "none", or a mistake to make, to see that it is noticed
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -18,6 +20,7 @@
 #include <fstream>
 #include <functional>
 #include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <vector>
@@ -584,9 +587,26 @@ void run_cluster(const Run& run, std::uint32_t cluster, std::uint32_t threads, c
   for (Block& block : m->blocks) std::free(block.shared);
 }
 
+// Memory that ends at a page that nobody may touch, so that reads beyond a tensor show.
 template <class Type>
-std::vector<Type> read(std::ifstream& file, std::size_t count) {
-  std::vector<Type> values(count);
+struct AtPageEnd {
+  using value_type = Type;
+
+  Type* allocate(std::size_t count) {
+    constexpr std::size_t PAGE = 4096;
+    const std::size_t bytes = count * sizeof(Type), whole = (bytes + PAGE - 1) / PAGE * PAGE;
+    void* pages = mmap(nullptr, whole + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages == MAP_FAILED) throw std::bad_alloc();
+    auto* begin = static_cast<unsigned char*>(pages);
+    mprotect(begin + whole, PAGE, PROT_NONE);
+    return reinterpret_cast<Type*>(begin + whole - bytes);
+  }
+  void deallocate(Type*, std::size_t) {}  // the program ends soon
+};
+
+template <class Type>
+std::vector<Type, AtPageEnd<Type>> read(std::ifstream& file, std::size_t count) {
+  std::vector<Type, AtPageEnd<Type>> values(count);
   if (!file.read(reinterpret_cast<char*>(values.data()), count * sizeof(Type))) {
     std::fprintf(stderr, "the input is too short\n");
     std::exit(2);
