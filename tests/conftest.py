@@ -17,6 +17,7 @@ from vitup_fast.network.config import ViTUpConfig
 from vitup_fast.ops import implementations
 from vitup_fast.testing import OPERATIONS, random_coords, random_image, random_network
 from vitup_fast.walks import Settings, choose_walk
+from vitup_fast.walks.plan import PLACE_BYTES
 
 # The tests are many and small: threads would mostly wait for each other.
 torch.set_num_threads(1)
@@ -62,7 +63,7 @@ def query_bytes(network, impl):
     """Memory that a budget counts for one query of the last depth."""
     settings = Settings(impl, impl, network.config.num_heads, network.dtype, network.device, True)
     dim, dtype = network.config.dim, network.dtype
-    return choose_walk(settings).query_bytes(dim, dtype) + dim * dtype.itemsize
+    return choose_walk(settings).query_bytes(dim, dtype) + dim * dtype.itemsize + PLACE_BYTES
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import re
+from functools import partial
 from pathlib import Path
 from threading import Thread
 
@@ -582,6 +584,44 @@ def test_adaptive_maps_stay_within_the_budget(dtype, impl):
         peak = peak_memory(lambda options=options: network.dense(cache, size, **options))
         assert peak <= megabytes << 20
     assert max(report.share for report in spent) < 1
+
+
+@pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 3), (torch.bfloat16, 1)], ids=str)
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+def test_all_that_can_be_asked_stays_within_the_least_budget(dtype, batch, impl):
+    """The least is what an error names; whatever is packed, folded or placed for the call is part of it."""
+    config = ViTUpConfig(dim=64, num_heads=2, layer_indices=(0, 1))
+    generator = torch.Generator().manual_seed(0)
+    network = random_network(config, generator, dtype=dtype)
+    coords = random_coords(generator, batch, 9)
+    with torch.no_grad():
+        cache = network.prepare(
+            *random_image(config, generator, batch=batch, token_grid=(1, 2), patch_grid=(4, 8))
+        )
+        network(cache, coords, impl=impl)  # packs the weights
+    heads = [
+        (torch.randn(5, 64, generator=generator), None),
+        (torch.ones(300, 64).to(dtype), torch.zeros(300)),
+    ]
+    asked = [
+        {},
+        {"return_all_layers": True},
+        {"head": heads[0], "labels": True},
+        {"head": heads[1]},
+        {"head": heads[1], "labels": True},
+    ]
+    for options in asked:
+        dense = partial(network.dense, cache, **options)
+        calls = [partial(network, cache, coords, **options), partial(dense, (5, 6))]
+        for call in (*calls, partial(dense, (6, 12), tolerance=0.5)):
+            with torch.no_grad(), pytest.raises(InputError, match="max_memory: expected at least") as refused:
+                call(impl=impl, max_memory=1)
+            least = int(re.search(r"least (\d+) bytes", str(refused.value))[1])
+            with torch.no_grad(), pytest.raises(InputError, match=f"at least {least} bytes"):
+                call(impl=impl, max_memory=least - 1)
+            for budget in (least, 3 * least):
+                peak = peak_memory(lambda call=call, budget=budget: call(impl=impl, max_memory=budget))
+                assert peak <= budget, (call, budget)
 
 
 # Errors

@@ -16,6 +16,8 @@ from ..ops.film_mlp import film_gamma_beta
 
 # A table of relative positions is computed once per call up to this many rows, beyond that once per chunk.
 SHARED_TABLE_ROWS = 2048
+# Bytes for each row and column: where it lies, its nearest token, and both again as they are put together.
+LINE_BYTES = 104
 
 
 class Queries(NamedTuple):

@@ -15,11 +15,11 @@ from ..heads import Head, fold_head, head_parameters
 from ..ops.checks import are_plain, check_budget, check_coords, check_count, check_features
 from ..ops.implementations import resolve
 from ..walks import choose_walk
-from ..walks.plan import Budget, Spans, cut, total_memory
+from ..walks.plan import PLACE_BYTES, Budget, Spans, cut, total_memory
 from ..walks.walk import Chunk, Decoding, Settings, Walk, plain_modes
 from .adaptive import AdaptiveReport, Refinement, check_tolerance, held_bytes
 from .config import ViTUpConfig
-from .grid import SHARED_TABLE_ROWS, Grid, Queries, cell_centres
+from .grid import LINE_BYTES, SHARED_TABLE_ROWS, Grid, Queries, cell_centres
 from .image_cache import ImageCache
 from .layers import Block, Decoder, PositionCode, RotaryFrequencies
 from .weights import Look, NetworkWeights, Snapshot, affordable_look, collect
@@ -194,9 +194,9 @@ class ViTUp(nn.Module):
             spans, scratch = Spans(count, 1, max(1, count)), None
         else:
             walk = choose_walk(settings)
-            per_query = self._query_bytes(walk, options)
-            limits = query_chunk_size, max_memory, per_query, self._least_scratch(walk)
-            chunk, scratch = Budget.divide(settings.usual_chunk(self.config.dim), *limits)
+            needs = self._query_bytes(walk, options), self._least_scratch(walk), *self._head_bytes(options)
+            usual = settings.usual_chunk(self.config.dim)
+            chunk, scratch = Budget.divide(usual, query_chunk_size, max_memory, *needs)
             spans = Spans(count, 1, chunk, not settings.on_gpu)
         without_tables = [None] * len(self.vit_up_blocks)
         queries = lambda span: Queries(coords[:, span], without_tables)  # noqa: E731
@@ -275,22 +275,20 @@ class ViTUp(nn.Module):
         # It comes from a wide copy of a block's position weights, for which a small budget has no room.
         positions = [block.position for block in weights.blocks]
         copy_bytes = 0 if self.dtype == wide else sum(t.numel() for t in positions[0]) * wide.itemsize
-        per_query = self._query_bytes(walk, options) + table_bytes
-        budget, least_scratch = max_memory, self._least_scratch(walk)
+        per_query, least_scratch = self._query_bytes(walk, options) + table_bytes, self._least_scratch(walk)
+        held, at_first = self._head_bytes(options)
+        held += (H + W) * LINE_BYTES
         if tolerance:
             width = self._output_width(options)
             per_query += 4 * width * wide.itemsize + 128
-            if max_memory is not None:
-                map_bytes = held_bytes((H, W), width * self.dtype.itemsize if labels else 0)
-                least = map_bytes + per_query + least_scratch
-                if max_memory < least:
-                    wanted = f"at least {least} bytes, the need of an adaptive map of {H} x {W} cells"
-                    raise expected("max_memory", wanted, max_memory)
-                budget = max_memory - map_bytes
-        limited = copy_bytes > 0 and budget is not None
-        fits = not limited or budget >= 4 * copy_bytes
-        budget = budget - copy_bytes if limited and fits else budget
-        limits = query_chunk_size, budget, per_query, least_scratch
+            held += held_bytes((H, W), width * self.dtype.itemsize if labels else 0)
+            least = max(held + per_query + least_scratch, at_first)
+            if max_memory is not None and max_memory < least:
+                wanted = f"at least {least} bytes, the need of an adaptive map of {H} x {W} cells"
+                raise expected("max_memory", wanted, max_memory)
+        fits = copy_bytes == 0 or max_memory is None or max_memory - held >= 4 * copy_bytes
+        held += copy_bytes if fits else 0
+        limits = query_chunk_size, max_memory, per_query, least_scratch, held, at_first
         chunk, scratch = Budget.divide(settings.usual_chunk(self.config.dim), *limits)
         # A table differs from the definition, whose token centres are float32 numbers, by less than rounding the
         # cell centres to float32 does. Where float32 holds these, each query is computed, and in float64 always.
@@ -510,9 +508,22 @@ class ViTUp(nn.Module):
 
     def _query_bytes(self, walk: type[Walk], options: _Options) -> int:
         """Upper bound of the memory of one query: its walk, and what is decoded of it."""
-        return (
-            walk.query_bytes(self.config.dim, self.dtype) + self._output_width(options) * self.dtype.itemsize
-        )
+        decoded = self._output_width(options) * self.dtype.itemsize
+        return walk.query_bytes(self.config.dim, self.dtype) + decoded + PLACE_BYTES
+
+    def _head_bytes(self, options: _Options) -> tuple[int, int]:
+        """Upper bounds of a head's memory: folded and as kernels want it; and while it is folded."""
+        if options.head is None:
+            return 0, 0
+        weight, _ = head_parameters(options.head, self.config.dim)
+        C, D = weight.shape
+        wide = torch.promote_types(torch.promote_types(self.dtype, weight.dtype), torch.float32)
+        folded = C * (D + 1) * self.dtype.itemsize
+        # The head, the decoder and their product, each with a vector or two.
+        sides = (weight.dtype != wide, self.dtype != wide, self.dtype != wide)
+        numbers = sum(n for n, copied in zip((C * D, D * D, C * D), sides, strict=True) if copied)
+        at_first = folded + (numbers + D + 4 * C) * wide.itemsize
+        return folded + 4 * (C + 16) * (D + 16), at_first
 
     def _least_scratch(self, walk: type[Walk]) -> int:
         """Bytes that a walk needs beside its queries."""

@@ -131,7 +131,7 @@ class CpuWalk(Walk):
             if decoding.head is not None:
                 last = decoding.depths[-1]
                 matrix, bias = (t.detach().to(self.dtype) for t in decoding.head)
-                decoders[last] = decoders[last][0], self._context().matrix(matrix, bias)
+                decoders[last] = decoders[last][0], context.matrix(matrix, bias)
             rows = spans.longest * max(g.stop - g.start for g in groups)
             states = torch.empty(rows, self.dim, dtype=self.dtype, device="cpu")
 

@@ -16,6 +16,8 @@ from ..ops.checks import check_budget
 CHUNK_QUERIES = 1568
 # Rows of the widest tile of a product, and the width up to which one tile holds a row.
 TILE_ROWS, TILE_WIDTH = 128, 384
+# Bytes of a query for its place: coordinates, cell, row of a table, token, and the index of its largest score.
+PLACE_BYTES = 128
 
 
 def gpu_chunk(multiprocessors: int, dim: int) -> int:
@@ -45,6 +47,8 @@ class Budget(NamedTuple):
         max_memory: int | None,
         per_query: int,
         least_scratch: int,
+        held: int = 0,
+        at_first: int = 0,
     ) -> Budget:
         """Choose from the caller's limits, or as suits the device.
 
@@ -54,6 +58,8 @@ class Budget(NamedTuple):
             max_memory: the caller's limit in bytes, instead of a chunk.
             per_query: bytes that a query needs.
             least_scratch: bytes that a walk needs beside its queries; at most half of ``max_memory`` beyond that.
+            held: bytes that the pass holds from beginning to end beside both.
+            at_first: bytes that it needs before it makes room for queries.
 
         Raises:
             InputError: both limits, or one that is no positive integer or too small.
@@ -63,9 +69,10 @@ class Budget(NamedTuple):
             return cls(query_chunk_size, None)
         if max_memory is None:
             return cls(usual, None)
-        least = per_query + least_scratch
+        least = max(per_query + least_scratch + held, at_first)
         if max_memory < least:
             raise expected("max_memory", f"at least {least} bytes, the need of one query", max_memory)
+        max_memory -= held
         for_queries = max_memory - max(least_scratch, max_memory // 2 if least_scratch else 0)
         chunk = min(usual, max(1, for_queries // per_query))
         return cls(chunk, max_memory - chunk * per_query)
