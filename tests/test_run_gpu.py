@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -142,9 +145,11 @@ def test_no_step_begins_that_has_no_time(fake_device):
     run, commands = fake_device(3, VITUP_BENCH_SECONDS="29")
     assert run.returncode == 1
     assert commands == []
-    assert "tune: left out, 29 s are left" in run.stdout
-    run, commands = fake_device(3, "tune", VITUP_BENCH_SECONDS="60")
-    assert [limit for limit, _ in commands] in ([60], [59])
+    assert re.search(r"tune: left out, \d+ s are left", run.stdout)
+    begin = time.monotonic()
+    run, commands = fake_device(3, "tune", VITUP_BENCH_SECONDS="200")
+    (limit,) = [limit for limit, _ in commands]
+    assert 200 - math.ceil(time.monotonic() - begin) <= limit <= 200
 
 
 def test_times_are_refused_by_what_failed(fake_device, tmp_path):
