@@ -408,6 +408,12 @@ def test_start_interpolates(pictures):
         assert cosine.mean() > 0.8
         for state, centre in list(zip(states, centres, strict=True))[1:]:  # a query starts at no token
             assert F.cosine_similarity(centre, state, dim=-1).mean() > 0.9
+        # Of what a query starts with little is left after its first step, however small patch embeddings are.
+        other = network.dense(
+            dataclasses.replace(cache, patch_grid=-cache.patch_grid), (32, 32), return_all_layers=True
+        )
+        for layer, same in list(zip(layers, other, strict=True))[1:]:
+            assert F.cosine_similarity(layer, same, dim=-1).mean() > 0.85
 
 
 def test_losses_that_are_not_finite_stop_with_their_batch(pictures, tmp_path):

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..network.backbone import Backbone
+from ..network.grid import cell_centres
 from ..network.model import ViTUp
+from ..network.weights import collect
+from ..ops import bilinear_sample, film_mlp, residual_mlp, rope_cross_attention
 
 BELL_WIDTH = 0.42  # standard deviation in tokens: the cosine to bilinear interpolation is highest there
 FAR = 12.0  # logits below the peak from where on a token no longer counts
@@ -37,7 +40,7 @@ def start_as_interpolation(
     Args:
         network: whose parameters are overwritten; draws from PyTorch's generator as it was made.
         backbone: gives the hidden states.
-        images: normalised, to which the decoders are fitted.  # [1, 3, H, W] each
+        images: normalised, to which transitions and decoders are fitted.  # [1, 3, H, W] each
         size: of the image in pixels for hidden states.
         grid: rows and columns of the fine patch grid.
     """
@@ -46,7 +49,7 @@ def start_as_interpolation(
     for block in network.vit_up_blocks:
         norm, first, _, second = block.transition_mlp.mlp
         _set_norm(norm)
-        # gelu(x) - gelu(-x) = x: the MLP is minus the identity, and leaves the query without its content.
+        # gelu(x) - gelu(-x) = x: the MLP takes LN(q) away from q, which leaves nothing once it is as large.
         first.weight.copy_(torch.cat((identity, -identity)))
         second.weight.copy_(torch.cat((-identity, identity), dim=1))
         for layer in (first, second):
@@ -67,6 +70,7 @@ def start_as_interpolation(
         block.norm_h_local.bias.zero_()
         block.mlp.mlp[-1].weight.mul_(SMALL)
         block.mlp.mlp[-1].bias.zero_()
+    _fit_transitions(network, backbone, images, size, grid)
     _fit_decoders(network, backbone, images, size, grid)
 
 
@@ -100,6 +104,30 @@ def _bell(inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     query, key = torch.zeros(2, 2, n, 2, dtype=torch.float64, device="cpu")
     query[..., 0], key[..., 0] = root, root * product.sign()
     return tuple(t.flatten().to(inv_freq) for t in (query, key))
+
+
+def _fit_transitions(
+    network: ViTUp,
+    backbone: Backbone,
+    images: Sequence[Tensor],
+    size: tuple[int, int],
+    grid: tuple[int, int],
+) -> None:
+    """Scale what transitions take away to the queries that come to them: patch embeddings are small, others are not."""
+    weights = collect(network)
+    caches = [network.prepare(backbone.hidden_states(i, size), backbone.patch_grid(i, grid)) for i in images]
+    h, w = caches[0].token_grid
+    coords = cell_centres((2 * h, 2 * w), torch.float32, network.device)[None]
+    queries = [bilinear_sample(cache.patch_grid, coords) for cache in caches]  # [1, N, D] each
+    for i, (layers, block) in enumerate(zip(network.vit_up_blocks, weights.blocks, strict=True)):
+        deviation = torch.stack([q.float().std(dim=-1, correction=0).mean() for q in queries]).mean()
+        layers.transition_mlp.mlp[-1].weight.mul_(deviation)
+        local = weights.freqs, block.position, block.film
+        for k, cache in enumerate(caches):
+            query = residual_mlp(queries[k], block.transition)
+            attended = cache.keys[i], cache.values[i], block.attention, weights.inv_freq, cache.token_grid
+            query = film_mlp(rope_cross_attention(query, coords, *attended), coords, cache.tokens[i], *local)
+            queries[k] = residual_mlp(query, block.mlp)
 
 
 def _fit_decoders(
