@@ -577,7 +577,7 @@ FUNCTION = re.compile(
 )
 DECLARATION = re.compile(r"^(?!static_assert|return|using)(?:[\w:<>,&*]+ )+[*&]?\w+\([^;{}]*\);", re.M)
 TYPE = re.compile(r"^(?:struct|class|enum class) (?:\w+\([^)]*\) )?(\w+)[^;({]*\{", re.M)
-PARAMETER = re.compile(r"& (\w+)(?=[,)])")
+PARAMETER = re.compile(r"& (\w+)(?=[,)])|class (\w+)(?=[,>])")
 USE = re.compile(r"(?<![.>\w])(\w+)(?=[(<])|(?<![.>\w])([A-Z]\w+)")
 
 
@@ -589,7 +589,7 @@ def dependencies(folder: Path) -> dict[str, set[str]]:
     found = {}
     for path, text in code.items():
         used = {name for pair in USE.findall(DECLARATION.sub("", text)) for name in pair}
-        used -= defined[path] | {*PARAMETER.findall(text)}
+        used -= defined[path] | {name for pair in PARAMETER.findall(text) for name in pair}
         # Rooms have namespaces of their own.
         others = {q for q in files if q.parent == path.parent and q != path and defined[q] & used}
         included = {path.parent / name for name in re.findall(r'#include "([^"]+)"', text)}
