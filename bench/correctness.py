@@ -2,10 +2,11 @@
 
 ``python -m vitup_fast.bench.correctness --device cuda --json correctness.json``
 
-Errors may be at most 1.5 times those of plain eager PyTorch in the same dtype. Memory that a kernel leaves unwritten
-holds NaN. Every check prints a line and the rest go on after a failure; benchmarks do not time what failed when they
-are given the file (``--correctness``). ``--quick`` keeps the smallest sizes, for a memory checker; ``--chunk`` checks
-two blocks at the size of a network's chunk alone, whose launches are those of the network.
+Errors may be at most 1.5 times those of plain eager PyTorch in the same dtype. Implementations in fewer bits than it
+has, which run only when named, pass by their cosine to float64, and forward alone. Memory that a kernel leaves
+unwritten holds NaN. Every check prints a line and the rest go on after a failure; benchmarks do not time what failed
+when they are given the file (``--correctness``). ``--quick`` keeps the smallest sizes, for a memory checker;
+``--chunk`` checks two blocks at the size of a network's chunk alone, whose launches are those of the network.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vitup_fast.bench.command import check_writable, exit_code
 from vitup_fast.bench.harness import (
+    COSINE_LIMITS,
     DTYPES,
     ERROR_LIMIT,
     check_device,
@@ -37,6 +40,7 @@ from vitup_fast.bench.harness import (
 
 from vitup_fast import ViTUp, ViTUpConfig
 from vitup_fast.errors import expected, require
+from vitup_fast.ops.implementations import FP8_WIDTH
 from vitup_fast.testing import (
     OPERATIONS,
     Arguments,
@@ -136,6 +140,21 @@ class Task(NamedTuple):
     compare: Callable[[], tuple[Results, Results, Results]]
 
 
+def assert_cosine(actual: Tensor, truth: Tensor, limit: float, name: str) -> None:
+    """Check the cosine of every row to float64."""
+    least = F.cosine_similarity(actual.to(truth), truth, dim=-1).min().item()
+    if not least >= limit:
+        raise AssertionError(f"{name}: a cosine to float64 of {least:.5f} is below {limit}")
+
+
+def takes(impl: str, dtype: torch.dtype, width: int | None, direction: str) -> bool:
+    """Whether an implementation is written for a check: those in fewer bits run forward, ``cuda_fp8`` at one width."""
+    if impl not in COSINE_LIMITS:
+        return True
+    fits = impl != "cuda_fp8" or (dtype == torch.bfloat16 and width == FP8_WIDTH)
+    return fits and direction == "forward"
+
+
 def done(task: Task) -> Check:
     """Do a check; whatever it raises is its failure."""
     begin = time.perf_counter()
@@ -155,6 +174,9 @@ def done(task: Task) -> Check:
             ratios.append(relative_error(actual[name], truth) / limit)
         worst = max(ratios, key=lambda ratio: (ratio != ratio, ratio))
         for name, truth in exact.items():
+            if task.impl in COSINE_LIMITS:
+                assert_cosine(actual[name], truth, COSINE_LIMITS[task.impl], name)
+                continue
             assert_within_budget(actual[name], eager[name], truth, factor=ERROR_LIMIT, name=name)
     except AssertionError as error:
         message = str(error)
@@ -542,6 +564,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     checks: list[Check] = []
     for task in tasks():
+        if not takes(task.impl, task.dtype, task.width, task.direction):
+            continue
         checks.append(done(task))
         print(checks[-1].line(), flush=True)
         if options.json is not None:

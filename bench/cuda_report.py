@@ -61,6 +61,9 @@ EXPECTATIONS: Mapping[str, Expectation] = {
     r"rows_kernel<": Expectation(128),
     r"segment_sum_kernel<\w+, Shape<\d+, \d+, true>": Expectation(256, ("LDG.E.128",)),
     r"segment_sum_kernel<": Expectation(256),
+    r"residual_mlp_fp8_sm90_kernel": Expectation(
+        384, ("QGMMA", "UTMALDG"), dynamic_shared=225280, only=("90a",)
+    ),
     r"residual_mlp_sm90_kernel": Expectation(384, ("HGMMA", "UTMALDG"), dynamic_shared=222208, only=("90a",)),
     r"film_mlp_sm90_kernel": Expectation(
         384, ("HGMMA", "UTMALDG", "LDG.E.128"), dynamic_shared=222208, only=("90a",)

@@ -32,7 +32,7 @@ from vitup_fast.bench.roofline import draw
 from vitup_fast import Upsampler, ViTUpConfig, __version__, extension
 from vitup_fast.errors import expected, require
 from vitup_fast.ops import implementations
-from vitup_fast.ops.implementations import interpreted
+from vitup_fast.ops.implementations import GPU_NAMES, interpreted
 from vitup_fast.ops.primitives import linear, pack
 from vitup_fast.sources import seeded_network
 from vitup_fast.testing import (
@@ -49,7 +49,7 @@ from vitup_fast.testing import (
 # How many times the error of plain eager PyTorch a provider may have.
 ERROR_LIMIT = 1.5
 # Implementations that compute in fewer bits than the dtype has pass by this cosine to float64 of every query instead.
-COSINE_LIMITS = {"cpu_int8": 0.999}
+COSINE_LIMITS = {"cpu_int8": 0.999, "cuda_fp8": 0.997}
 # A backward pass costs two matrix products for each of the forward pass; recomputation is not counted.
 BACKWARD_FACTOR = 3
 # A median of more than this many times the least time is marked.
@@ -715,7 +715,7 @@ def check_implementations(names: Sequence[str] | None, device: torch.device) -> 
         if device.type == "cuda" and name.startswith("cpu"):
             obstacles[name] = "runs on a CPU"
         # The interpreter runs what is asked for.
-        elif device.type == "cpu" and name in ("triton", "cuda") and not (names and interpreted()):
+        elif device.type == "cpu" and name in GPU_NAMES and not (names and interpreted()):
             obstacles[name] = why or "runs on a GPU"
     for name in names or ():
         if name not in obstacles:

@@ -4,7 +4,7 @@
 #   bench/run_gpu.sh RESULTS_DIR CALL [--device DEVICE] [--archive FILE] [STEP ...]
 #
 # CALL 1: is it right, how fast is it, what bounds it (bfloat16)
-#   environment  check  dense  profile  base  chunks  sparse  peaks  l2  hopper  hopper_film
+#   environment  check  dense  profile  base  chunks  sparse  peaks  l2  hopper  hopper_film  fp8
 # CALL 2: everything else that is promised
 #   correctness  compiled  compiled_base  large  training  operations
 # CALL 3: what takes longest
@@ -16,7 +16,7 @@
 # failed in correctness.json or check.json gets no time, in later calls with the same directory either.
 #
 # Nothing is installed or fetched. `make gpu-extension` makes, on another machine, the extension that `hopper`,
-# `hopper_film`, `bits`, `racecheck`, `synccheck`, `kernels` and `check_compiled` need: build/gpu/_C.*.so.
+# `hopper_film`, `fp8`, `bits`, `racecheck`, `synccheck`, `kernels` and `check_compiled` need: build/gpu/_C.*.so.
 # VITUP_BENCH_DEVICE names the device too; on "cpu" sizes are tiny, to try the script itself. PYTHON names the interpreter
 # (python3).
 # Exit code: 0 if all steps passed, 1 if one did not, 2 for a wrong argument.
@@ -31,7 +31,7 @@ call=
 archive=
 chosen=()
 declare -A steps=(
-  [1]="environment:30 check:90 dense:60 profile:45 base:50 chunks:50 sparse:40 peaks:30 l2:50 hopper:40 hopper_film:30"
+  [1]="environment:30 check:75 dense:55 profile:40 base:45 chunks:45 sparse:40 peaks:30 l2:50 hopper:40 hopper_film:30 fp8:30"
   [2]="correctness:170 compiled:110 compiled_base:90 large:70 training:50 operations:40"
   [3]="memcheck:100 bits:40 racecheck:40 synccheck:40 kernels:40 check_compiled:50 tune:220"
 )
@@ -204,6 +204,11 @@ hopper_film() {
   timed hopper_film film_mlp --preset "$splus" --queries "$queries" --no-compile --impl triton cuda
 }
 
+fp8() {
+  needs_extension fp8 || return
+  timed fp8 residual_mlp --preset "$splus" --queries "$queries" --no-compile --impl cuda cuda_fp8
+}
+
 correctness() { bench correctness correctness --impl "$impl" torch "${quick[@]}"; }
 compiled() { whole compiled "$splus" "${compile[@]}" --dense "$side"; }
 compiled_base() { whole compiled_base "$base" "${compile[@]}" --dense "$side"; }
@@ -218,7 +223,7 @@ memcheck() {
 bits() {
   needs_extension bits || return
   run bits "$python" -m pytest -p no:cacheprovider "$repository/tests/test_cuda_kernels.py" \
-    "$repository/tests/test_hopper_mlp.py" -k "gpu or launches"
+    "$repository/tests/test_hopper_mlp.py" "$repository/tests/test_hopper_fp8.py" -k "gpu or launches"
 }
 racecheck() { needs_extension racecheck && sanitized racecheck racecheck cuda bilinear_sample film_mlp film_mlp_table; }
 synccheck() { needs_extension synccheck && sanitized synccheck synccheck cuda bilinear_sample film_mlp residual_mlp; }

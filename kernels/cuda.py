@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
 # These learn their number of rows from the launch's grid.
 COUNTED_BY_GRID = ("bilinear_sample_grid_backward_kernel", "segment_sum_kernel")
 RESIDUAL_MLP, FILM_MLP = "residual_mlp_sm90", "film_mlp_sm90"
+RESIDUAL_MLP_FP8 = "residual_mlp_fp8_sm90"
+# Most that an e4m3 number holds, what the kernel multiplies normalised rows by, and its hidden columns at a time.
+E4M3_MOST, NORMED_SCALE, FP8_CHUNK = 448.0, 16.0, 32
 # Where compiled kernels were measured to be faster; `vitup_fast.bench.choose_compiled` writes it.
 FASTER = Path(__file__).parent / "configs" / "compiled.json"
 
@@ -130,6 +133,75 @@ def film_mlp(
     (B, N, D), E = x.shape, weights[0].shape[0]
     tensors = (x, *weights, out, out_moments, tokens, gamma_beta, *pointers, *out_norm)
     _call(FILM_MLP, x, tensors, (B * N, D, E, N, *tokens.shape[1:3], table))
+
+
+def residual_mlp_fp8(
+    x: Tensor,  # [M, D]
+    mlp: QuantisedMLP,
+    out: Tensor,  # [M, D]
+    out_moments: Tensor | None,  # [M, 1, 2]
+) -> None:
+    """The same with 8-bit products.
+
+    Raises:
+        KernelError: see :func:`residual_mlp`.
+    """
+    (M, D), E = x.shape, mlp.weight1.shape[0]
+    _call(RESIDUAL_MLP_FP8, x, (x, *mlp, out, out_moments), (M, D, E))
+
+
+class QuantisedMLP(NamedTuple):
+    """An MLP for the kernel with 8-bit products; ``weight * scale`` are the weights that are meant."""
+
+    weight1: Tensor  # [E, D] float8_e4m3fn
+    weight2: Tensor  # [E / 32, D, 32] float8_e4m3fn, columns in the order of _operand_order
+    scale1: Tensor  # [E] float32, for normalised rows that were multiplied by NORMED_SCALE
+    scale2: Tensor  # [D] float32, for hidden values that were multiplied by hidden_scale
+    bias1: Tensor  # [E] float32
+    bias2: Tensor  # [D] float32
+    hidden_scale: Tensor  # [1] float32
+
+
+def _operand_order(device: torch.device) -> Tensor:
+    """Hidden columns of a chunk in the order in which a thread's sums are its operand; hopper_layout.h says why."""
+    k = torch.arange(FP8_CHUNK, dtype=torch.int64, device=device)
+    return k // 16 * 16 + k % 4 // 2 * 8 + k % 16 // 4 * 2 + k % 2
+
+
+def _quantise_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 matrix as e4m3 with a scale for each row."""
+    scale = matrix.abs().amax(-1, keepdim=True) / E4M3_MOST
+    scale = torch.where(scale == 0, 1.0, scale)
+    return (matrix / scale).to(torch.float8_e4m3fn), scale[..., 0]
+
+
+def quantise_mlp(
+    weight1: Tensor,  # [E, D]
+    bias1: Tensor,  # [E]
+    weight2: Tensor,  # [D, E]
+    bias2: Tensor,  # [D]
+) -> QuantisedMLP:
+    """Quantise an MLP whose LayerNorm is folded into the first layer.
+
+    Hidden values are scaled by what no row can exceed: normalised, it is ``sqrt(D)`` long.
+    """
+    D, E = weight2.shape
+    first, second, bias1, bias2 = (t.detach().float() for t in (weight1, weight2, bias1, bias2))
+    most = (first.norm(dim=1) * D**0.5 + bias1.abs()).amax(0, keepdim=True)
+    hidden_scale = E4M3_MOST / most.clamp_min(1e-6)
+    quantised1, scale1 = _quantise_rows(first)
+    order = _operand_order(second.device)
+    quantised2, scale2 = _quantise_rows(second.view(D, E // FP8_CHUNK, FP8_CHUNK)[..., order].flatten(1))
+    chunks = quantised2.view(torch.uint8).view(D, -1, FP8_CHUNK).transpose(0, 1).contiguous()
+    return QuantisedMLP(
+        quantised1.contiguous(),
+        chunks.view(torch.float8_e4m3fn),
+        scale1 / NORMED_SCALE,
+        scale2 / hidden_scale,
+        bias1.contiguous(),
+        bias2.contiguous(),
+        hidden_scale,
+    )
 
 
 @cache

@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -79,6 +80,7 @@ struct Copy {
 // A warp's part of a wgmma: 16 rows.
 struct Product {
   int lanes = 0;
+  bool e4m3;
   std::uint32_t columns;
   float* sums[32];
   const std::uint32_t* left_registers[32];
@@ -333,6 +335,10 @@ inline void store_shared(void* p, const std::uint32_t (&words)[2]) {
   for (int i = 0; i < 2; ++i) store_shared(static_cast<unsigned char*>(p) + 4 * i, words[i]);
 }
 
+inline std::uint32_t swizzled(std::uint32_t span, std::uint32_t address) {
+  return span == 128 ? swizzle<128>(address) : span == 64 ? swizzle<64>(address) : swizzle<32>(address);
+}
+
 inline std::uint32_t copied_bytes(const TensorMap& map) { return map.copied_rows * map.copied_columns * 2; }
 
 inline void tma_load_multicast(
@@ -365,8 +371,7 @@ inline void land(const Copy& copy) {
       const bool inside = row < map.rows && column < map.columns;
       const std::uint16_t value = inside ? map.data[row * map.columns + column] : 0;
       const std::uint32_t address = copy.to + r * span + c * 2;
-      const std::uint32_t swizzled = span == 128 ? swizzle<128>(address) : swizzle<64>(address);
-      std::memcpy(block.shared + swizzled - BASE, &value, 2);
+      std::memcpy(block.shared + swizzled(span, address) - BASE, &value, 2);
     }
   std::fill_n(block.words.begin() + (copy.to - BASE) / 4, copied_bytes(map) / 4, Word::settled);
   BarrierState& b = block.barriers.at(copy.barrier);
@@ -374,6 +379,14 @@ inline void land(const Copy& copy) {
   settle(b);
 }
 
+inline void store_shared(void* p, const std::uint32_t (&words)[4]) {
+  if (shared_address(p) % 16 != 0) fail("a misaligned store");
+  for (int i = 0; i < 4; ++i) store_shared(static_cast<unsigned char*>(p) + 4 * i, words[i]);
+}
+
+inline Pair load_shared_pair(const float* p) { return {{p[0], p[1]}}; }
+
+inline float load_float(const float* from) { return *from; }
 inline Pair load_pair(const float* from) { return {{from[0], from[1]}}; }
 inline void store_pair(float* to, const Pair& pair) { to[0] = pair.of[0], to[1] = pair.of[1]; }
 inline void store_16_bytes(void* to, const std::uint32_t (&words)[4]) { std::memcpy(to, words, 16); }
@@ -392,6 +405,22 @@ inline Pair load_pair(const std::uint16_t* from) {
   return {{float_of(std::uint32_t{from[0]} << 16), float_of(std::uint32_t{from[1]} << 16)}};
 }
 
+// Rounded to nearest, a tie to even; what is beyond 448 becomes 448.
+inline std::uint32_t to_e4m3(float value) {
+  const std::uint32_t sign = bits_of(value) >> 31 << 7;
+  const float size = std::fabs(value);
+  if (value != value) return 0x7f;
+  const int exponent = size < 0x1p-6f ? -6 : std::min(std::ilogb(size), 8);
+  const int steps = static_cast<int>(std::nearbyint(std::ldexp(std::min(size, 448.0f), 3 - exponent)));
+  return sign | ((exponent + 6) * 8 + steps);  // 16 steps carry into the exponent
+}
+
+inline std::uint32_t pack_e4m3(float a, float b, float c, float d) {
+  return to_e4m3(a) | to_e4m3(b) << 8 | to_e4m3(c) << 16 | to_e4m3(d) << 24;
+}
+
+inline std::uint32_t opaque(std::uint32_t value) { return value; }
+
 // As wrong as the hardware may be, now up, now down.
 inline float tanh_approx(float x) {
   return std::tanh(x) * ((bits_of(x) * 2654435761u) >> 31 ? 1 + 0x1p-11f : 1 - 0x1p-11f);
@@ -399,66 +428,123 @@ inline float tanh_approx(float x) {
 
 inline float reciprocal_sqrt(float x) { return 1.0f / std::sqrt(x); }
 
+// 32 bytes of rows of an operand in shared memory: 16 bfloat16 or 32 e4m3 numbers each.
 inline void read_operand(
-    const Block& block, std::uint64_t descriptor, std::uint32_t first, std::uint32_t rows, float (*values)[16]) {
+    const Block& block, std::uint64_t descriptor, std::uint32_t first, std::uint32_t rows, unsigned char (*bytes)[32]) {
   const std::uint32_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-  const std::uint32_t kind = static_cast<std::uint32_t>(descriptor >> 62), span = kind == 1 ? 128 : 64;
-  if ((kind != 1 && kind != 2) || (descriptor >> 49 & 7) != 0) fail("a descriptor of another kind");
+  const std::uint32_t kind = static_cast<std::uint32_t>(descriptor >> 62), span = 256 >> kind;
+  if (kind == 0 || (descriptor >> 49 & 7) != 0) fail("a descriptor of another kind");
   for (std::uint32_t row = 0; row < rows; ++row)
     for (std::uint32_t piece = 0; piece < 2; ++piece) {
       const std::uint32_t n = first + row, address = start + n / 8 * stride + n % 8 * span + piece * 16;
-      const std::uint32_t swizzled = span == 128 ? swizzle<128>(address) : swizzle<64>(address);
-      check_settled(block, swizzled, 16, "a product");
-      std::uint16_t bits[8];
-      std::memcpy(bits, block.shared + swizzled - BASE, 16);
-      for (int i = 0; i < 8; ++i) values[row][piece * 8 + i] = float_of(std::uint32_t{bits[i]} << 16);
+      check_settled(block, swizzled(span, address), 16, "a product");
+      std::memcpy(&bytes[row][piece * 16], block.shared + swizzled(span, address) - BASE, 16);
     }
+}
+
+inline float bfloat16_of(const unsigned char* bytes) { return float_of(std::uint32_t{bytes[1]} << 24 | bytes[0] << 16); }
+
+// A row of 32 e4m3 numbers: each is `mantissa` 2^(exponent - 3), a signed integer of at most 4 bits.
+struct E4M3Row {
+  int mantissa[32], exponent[32];
+  bool nan = false;
+};
+
+inline E4M3Row e4m3_row(const unsigned char* bytes) {
+  E4M3Row row;
+  for (int k = 0; k < 32; ++k) {
+    const int exponent = bytes[k] >> 3 & 15, fraction = bytes[k] & 7, mantissa = exponent == 0 ? fraction : 8 + fraction;
+    row.mantissa[k] = bytes[k] >> 7 ? -mantissa : mantissa;
+    row.exponent[k] = std::max(exponent, 1) - 7;
+    row.nan |= (bytes[k] & 127) == 127;
+  }
+  return row;
+}
+
+// How many units of 2^unit a value has, cut off.
+inline double units_of(double value, int unit) { return std::trunc(std::ldexp(value, -unit)); }
+
+// A sum and 32 products of e4m3 numbers: all are cut to 13 bits below the largest one's leading bit and added, and the
+// sum is cut to 13 bits below its own.
+inline float sum_of_products(float before, const E4M3Row& left, const E4M3Row& right) {
+  constexpr int BITS = 13, NONE = -1000;
+  if (left.nan || right.nan || before != before) return NAN;
+  int top = before == 0 ? NONE : std::ilogb(before);
+  for (int k = 0; k < 32; ++k) {
+    const int exponent = left.exponent[k] + right.exponent[k];
+    top = std::max(top, left.mantissa[k] * right.mantissa[k] != 0 ? exponent : NONE);
+  }
+  if (top == NONE) return 0;
+  int products = 0;  // in units of 2^(top - BITS); a mantissa's product has 6 bits below its leading one
+  for (int k = 0; k < 32; ++k) {
+    const int product = left.mantissa[k] * right.mantissa[k], below = top - left.exponent[k] - right.exponent[k];
+    const int size = (std::abs(product) << (BITS - 6)) >> std::min(below, 31);
+    products += product < 0 ? -size : size;
+  }
+  const double sum = units_of(before, top - BITS) + products;
+  if (sum == 0) return 0;
+  const int unit = std::ilogb(sum) - BITS;
+  return static_cast<float>(std::ldexp(units_of(sum, unit), unit + top - BITS));
+}
+
+// Read the operands of a warp's 16 rows and of all columns as bytes.
+inline void read_operands(const Warp& warp, const Product& p, unsigned char (*left)[32], unsigned char (*right)[32]) {
+  const Block& block = machine->blocks[warp.block];
+  if (p.left_registers[0] == nullptr) {
+    read_operand(block, p.left, warp.number % 4 * 16, 16, left);
+  } else {
+    for (std::uint32_t lane = 0; lane < 32; ++lane)
+      for (std::uint32_t i = 0; i < 4; ++i)
+        std::memcpy(&left[lane / 4 + i % 2 * 8][lane % 4 * 4 + i / 2 * 16], &p.left_registers[lane][i], 4);
+  }
+  read_operand(block, p.right, 0, p.columns, right);
 }
 
 inline void execute(Warp& warp) {
   const Product& p = warp.products.front();
-  const Block& block = machine->blocks[warp.block];
-  static float left[16][16], right[256][16], transposed[16][256];
-  const std::uint32_t quarter = warp.number % 4;
-  if (p.left_registers[0] == nullptr) {
-    read_operand(block, p.left, quarter * 16, 16, left);
+  static unsigned char left[16][32], right[256][32];
+  read_operands(warp, p, left, right);
+  const auto place = [&](std::uint32_t row, std::uint32_t n) -> float& {
+    return p.sums[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2];
+  };
+  if (p.e4m3) {
+    static E4M3Row columns[256];
+    for (std::uint32_t n = 0; n < p.columns; ++n) columns[n] = e4m3_row(right[n]);
+    for (std::uint32_t row = 0; row < 16; ++row) {
+      const E4M3Row numbers = e4m3_row(left[row]);
+      for (std::uint32_t n = 0; n < p.columns; ++n)
+        place(row, n) = sum_of_products(place(row, n), numbers, columns[n]);
+    }
   } else {
-    for (std::uint32_t lane = 0; lane < 32; ++lane)
-      for (std::uint32_t i = 0; i < 4; ++i) {
-        float* to = &left[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8];
-        to[0] = low_bfloat16(p.left_registers[lane][i]), to[1] = high_bfloat16(p.left_registers[lane][i]);
+    static float transposed[16][256];
+    for (std::uint32_t n = 0; n < p.columns; ++n)
+      for (int k = 0; k < 16; ++k) transposed[k][n] = bfloat16_of(&right[n][2 * k]);
+    for (std::uint32_t row = 0; row < 16; ++row) {
+      double sums[256];
+      for (std::uint32_t n = 0; n < p.columns; ++n) sums[n] = place(row, n);
+      for (int k = 0; k < 16; ++k)
+        for (std::uint32_t n = 0; n < p.columns; ++n)
+          sums[n] += double{bfloat16_of(&left[row][2 * k])} * transposed[k][n];
+      for (std::uint32_t n = 0; n < p.columns; ++n) {
+        float sum = static_cast<float>(sums[n]);  // the hardware cuts off
+        if (std::fabs(double{sum}) > std::fabs(sums[n])) sum = std::nextafter(sum, 0.0f);
+        place(row, n) = sum;
       }
-  }
-  read_operand(block, p.right, 0, p.columns, right);
-  for (std::uint32_t n = 0; n < p.columns; ++n)
-    for (int k = 0; k < 16; ++k) transposed[k][n] = right[n][k];
-  for (std::uint32_t row = 0; row < 16; ++row) {
-    double sums[256];
-    const auto place = [&](std::uint32_t n) -> float& {
-      return p.sums[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2];
-    };
-    for (std::uint32_t n = 0; n < p.columns; ++n) sums[n] = place(n);
-    for (int k = 0; k < 16; ++k)
-      for (std::uint32_t n = 0; n < p.columns; ++n) sums[n] += double{left[row][k]} * transposed[k][n];
-    for (std::uint32_t n = 0; n < p.columns; ++n) {
-      float sum = static_cast<float>(sums[n]);  // the hardware cuts off
-      if (std::fabs(double{sum}) > std::fabs(sums[n])) sum = std::nextafter(sum, 0.0f);
-      place(n) = sum;
     }
   }
   warp.products.pop_front();
   ++warp.executed;
 }
 
-inline void issue(
-    std::uint32_t columns, float* sums, const std::uint32_t* left_registers, std::uint64_t left, std::uint64_t right) {
+inline void issue(std::uint32_t columns, float* sums, const std::uint32_t* left_registers, std::uint64_t left,
+    std::uint64_t right, bool e4m3 = false) {
   Fiber& me = machine->me();
   Warp& warp = *me.warp;
   if (!me.fenced) fail("a product without wgmma_fence");
   const std::uint64_t index = me.issued++ - warp.executed;
-  if (index == warp.products.size()) warp.products.push_back({0, columns, {}, {}, left, right});
+  if (index == warp.products.size()) warp.products.push_back({0, e4m3, columns, {}, {}, left, right});
   Product& p = warp.products.at(index);
-  if (p.columns != columns || p.left != left || p.right != right) fail("lanes disagree about a product");
+  if (p.e4m3 != e4m3 || p.columns != columns || p.left != left || p.right != right) fail("lanes disagree about a product");
   p.sums[me.thread % 32] = sums;
   p.left_registers[me.thread % 32] = left_registers;
   if (++p.lanes < 32) return;
@@ -495,9 +581,14 @@ void keep_in_place(Type (&)[COUNT]) {}
 
 inline void wgmma_64x32(float (&c)[16], std::uint64_t a, std::uint64_t b) { issue(32, c, nullptr, a, b); }
 inline void wgmma_64x128(float (&c)[64], const std::uint32_t (&a)[4], std::uint64_t b) { issue(128, c, a, 0, b); }
+inline void wgmma_64x32_e4m3(float (&c)[16], std::uint64_t a, std::uint64_t b) { issue(32, c, nullptr, a, b, true); }
+inline void wgmma_64x128_e4m3(float (&c)[64], const std::uint32_t (&a)[4], std::uint64_t b) {
+  issue(128, c, a, 0, b, true);
+}
 
 }  // namespace vitup::hopper
 
+#include "residual_mlp_fp8_kernel.cuh"
 #include "residual_mlp_kernel.cuh"
 
 namespace {
@@ -668,6 +759,36 @@ void residual_mlp(
   write(out, moments);
 }
 
+// residual_mlp_fp8 ... ROWS HIDDEN IN_PLACE
+//   IN   x [ROWS, 384] as bfloat16, W1 [HIDDEN, 384] and W2 [HIDDEN / 32, 384, 32] as e4m3, their scales [HIDDEN] and [384],
+//        biases [HIDDEN] and [384] and the scale [1] of hidden values as float32
+//   OUT  as above
+void residual_mlp_fp8(std::ifstream& in, std::ofstream& out, const Run& run, const std::vector<std::uint32_t>& sizes) {
+  namespace mlp = vitup::residual_mlp;
+  const std::uint32_t rows = sizes.at(0), hidden = sizes.at(1);
+  constexpr std::uint32_t DIM = mlp::DIM;
+  auto x = read<std::uint16_t>(in, std::size_t{rows} * DIM);
+  // Copies take pairs of 8-bit numbers.
+  const auto weight1 = read<std::uint16_t>(in, hidden * DIM / 2), weight2 = read<std::uint16_t>(in, hidden * DIM / 2);
+  const auto scale1 = read<float>(in, hidden), scale2 = read<float>(in, DIM), bias1 = read<float>(in, hidden);
+  const auto bias2 = read<float>(in, DIM), hidden_scale = read<float>(in, 1);
+  std::vector<std::uint16_t> results((rows + GUARD) * DIM, 0xffff);
+  std::vector<float> moments((rows + GUARD) * 2, NAN);
+  const bool in_place = sizes.at(2);
+  if (in_place) std::copy(x.begin(), x.end(), results.begin());
+  const mlp::fp8::QuantisedArguments arguments{
+      {{in_place ? results.data() : x.data(), rows, DIM, mlp::ROWS, mlp::WIDE},
+          {weight1.data(), hidden, DIM / 2, mlp::CHUNK / mlp::CLUSTER, mlp::fp8::SPAN / 2},
+          {weight2.data(), hidden / mlp::CHUNK * DIM, mlp::CHUNK / 2, DIM / mlp::CLUSTER, mlp::CHUNK / 2}, bias1.data(),
+          bias2.data(), results.data(), moments.data(), rows, hidden},
+      scale1.data(), scale2.data(), hidden_scale.data()};
+  for (std::uint32_t cluster = 0; cluster < run.clusters; ++cluster)
+    run_cluster<mlp::fp8::Shared>(run, cluster, mlp::THREADS,
+        [&](mlp::fp8::Shared& shared, const Place& at) { mlp::fp8::run_thread(arguments, shared, at); });
+  write(out, results);
+  write(out, moments);
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -680,5 +801,6 @@ int main(int count, char** words) {
   for (int i = 7; i < count; ++i) sizes.push_back(std::atoi(words[i]));
   if (kernel == "residual_mlp") return residual_mlp(in, out, run, sizes, false), 0;
   if (kernel == "film_mlp") return residual_mlp(in, out, run, sizes, true), 0;
+  if (kernel == "residual_mlp_fp8") return residual_mlp_fp8(in, out, run, sizes), 0;
   return 2;
 }

@@ -30,6 +30,7 @@ CALLS = {
         "l2",
         "hopper",
         "hopper_film",
+        "fp8",
     ],
     2: ["correctness", "compiled", "compiled_base", "large", "training", "operations"],
     3: ["memcheck", "bits", "racecheck", "synccheck", "kernels", "check_compiled", "tune"],

@@ -6,11 +6,11 @@
 
 namespace vitup::hopper {
 
-// x Phi(x), Phi by the hardware's tanh: 8 instructions, as exact as bfloat16 can show.
-VITUP_DEVICE float gelu(float x) {
+// scale x Phi(x), Phi by the hardware's tanh: 8 instructions, as exact as bfloat16 can show.
+VITUP_DEVICE float gelu(float x, float scale = 1.0f) {
   const float square = fminf(x * x, 36.0f);
   const float logit = x * fmaf(square, fmaf(square, -3.516701170e-04f, 3.700658995e-02f), 7.975068470e-01f);
-  const float half = 0.5f * x;
+  const float half = 0.5f * scale * x;
   return fmaf(half, tanh_approx(logit), half);
 }
 

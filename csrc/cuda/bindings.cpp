@@ -7,6 +7,7 @@
 
 #include "device.h"
 #include "residual_mlp.h"
+#include "residual_mlp_fp8.h"
 
 namespace vitup::cuda {
 namespace {
@@ -99,4 +100,30 @@ void bind_cuda(pybind11::module_ m) {
             device, stream);
       },
       "residual_mlp.h tells what the arguments are.");
+  m.def(
+      "residual_mlp_fp8_sm90",
+      [](const Tensor& x, const Tensor& weight1, const Tensor& weight2, const Tensor& scale1, const Tensor& scale2,
+          const Tensor& bias1, const Tensor& bias2, const Tensor& hidden_scale, const Tensor& out,
+          const std::optional<Tensor>& out_moments, std::int64_t rows, std::int64_t dim, std::int64_t hidden,
+          int device, std::uintptr_t stream) {
+        const Checks checks{ResidualMLPFp8Sm90::NAME};
+        checks.type("x", x, Type::bfloat16);
+        checks.type("weight1", weight1, Type::float8_e4m3fn);
+        checks.type("weight2", weight2, Type::float8_e4m3fn);
+        checks.type("scale1", scale1, Type::float32);
+        checks.type("scale2", scale2, Type::float32);
+        checks.type("bias1", bias1, Type::float32);
+        checks.type("bias2", bias2, Type::float32);
+        checks.type("hidden_scale", hidden_scale, Type::float32);
+        checks.type("out", out, Type::bfloat16);
+        if (out_moments) checks.type("out_moments", *out_moments, Type::float32);
+        const ResidualMLPFp8Sm90 arguments{address(x), address(weight1), address(weight2), address(scale1),
+            address(scale2), address(bias1), address(bias2), address(hidden_scale), address(out),
+            out_moments ? address(*out_moments) : nullptr, rows, dim, hidden};
+        check_arguments(arguments);
+        const pybind11::gil_scoped_release release;
+        const CurrentDevice current(device);
+        run(arguments, reinterpret_cast<cudaStream_t>(stream));
+      },
+      "residual_mlp_fp8.h tells what the arguments are.");
 }

@@ -15,7 +15,7 @@
 namespace vitup::cuda {
 
 using Tensor = std::pair<std::uintptr_t, int>;
-inline constexpr const char* TYPE_NAMES[] = {"float64", "float32", "bfloat16", "float16", "int64"};
+inline constexpr const char* TYPE_NAMES[] = {"float64", "float32", "bfloat16", "float16", "int64", "float8_e4m3fn"};
 
 inline void* address(const Tensor& tensor) { return reinterpret_cast<void*>(tensor.first); }
 inline Type type_of(const Tensor& tensor) { return Type(tensor.second); }

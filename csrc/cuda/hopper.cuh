@@ -115,9 +115,17 @@ VITUP_DEVICE void load_shared(const void* p, std::uint32_t (&words)[4]) {
   const uint4 loaded = *static_cast<const uint4*>(p);
   words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
 }
+VITUP_DEVICE Pair load_shared_pair(const float* p) {
+  const float2 loaded = *reinterpret_cast<const float2*>(p);
+  return {{loaded.x, loaded.y}};
+}
 VITUP_DEVICE void store_shared(void* p, std::uint32_t value) { *static_cast<std::uint32_t*>(p) = value; }
 VITUP_DEVICE void store_shared(void* p, const std::uint32_t (&words)[2]) {
   *static_cast<uint2*>(p) = make_uint2(words[0], words[1]);
+}
+
+VITUP_DEVICE void store_shared(void* p, const std::uint32_t (&words)[4]) {
+  *static_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // Copy a box of a matrix, as large as its map says, from (row, column) on, to shared memory; its bytes count at the
@@ -140,6 +148,8 @@ VITUP_DEVICE void tma_load_multicast(
       "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier)), "h"(blocks)
       : "memory");
 }
+
+VITUP_DEVICE float load_float(const float* from) { return __ldg(from); }
 
 VITUP_DEVICE Pair load_pair(const float* from) {  // from memory that the kernel does not write
   const float2 loaded = __ldg(reinterpret_cast<const float2*>(from));
@@ -167,6 +177,21 @@ VITUP_DEVICE Pair load_pair(const std::uint16_t* from) {  // bfloat16, from memo
   return {{low_bfloat16(pair), high_bfloat16(pair)}};
 }
 
+// Four floats as e4m3 (4 bits of exponent, 3 of mantissa), rounded to nearest, the first in the lowest byte; what is beyond
+// 448 becomes 448.
+VITUP_DEVICE std::uint32_t pack_e4m3(float a, float b, float c, float d) {
+  std::uint32_t packed;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n"
+      "}"
+      : "=r"(packed)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return packed;
+}
+
 VITUP_DEVICE float tanh_approx(float x) {  // relative error 2^-11
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -189,6 +214,12 @@ template <int COUNT>
 VITUP_DEVICE void keep_in_place(float (&values)[COUNT]) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+
+// The same value, of which the compiler knows nothing: what depends on it is computed after this.
+VITUP_DEVICE std::uint32_t opaque(std::uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 #define VITUP_FLOATS_8(c, i)                                                                                  \
@@ -215,6 +246,29 @@ VITUP_DEVICE void wgmma_64x128(float (&c)[64], const std::uint32_t (&a)[4], std:
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
       "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
+      : VITUP_FLOATS_32(c, 0), VITUP_FLOATS_32(c, 32)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// c [64, 32] += a [64, 32] b [32, 32]^T of e4m3 numbers, both in shared memory. Products of 8-bit numbers sum fewer bits:
+// 32 of them and c are cut to 13 bits below the largest one's leading bit before they are added, and c to 13 of its own.
+VITUP_DEVICE void wgmma_64x32_e4m3(float (&c)[16], std::uint64_t a, std::uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1;"
+      : VITUP_FLOATS_8(c, 0), VITUP_FLOATS_8(c, 8)
+      : "l"(a), "l"(b));
+}
+
+// c [64, 128] += a [64, 32] b [128, 32]^T of e4m3 numbers, a in registers.
+VITUP_DEVICE void wgmma_64x128_e4m3(float (&c)[64], const std::uint32_t (&a)[4], std::uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, 1, 1, 1;"
       : VITUP_FLOATS_32(c, 0), VITUP_FLOATS_32(c, 32)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }

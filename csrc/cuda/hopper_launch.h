@@ -35,14 +35,16 @@ inline EncodeTiled encode_tiled(const std::string& what) {
   return reinterpret_cast<EncodeTiled>(function);
 }
 
-// Describe a matrix of bfloat16 of which a copy brings some rows of a strip of 64 or 32 columns.
+// Describe a matrix of bfloat16 of which a copy brings some rows of a strip of 64, 32 or 16 columns.
 inline CUtensorMap box_map(EncodeTiled encode, const void* data, std::int64_t rows, std::int64_t columns,
     std::uint32_t copied_rows, std::uint32_t copied_columns, const std::string& what) {
   CUtensorMap map;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(columns) * 2};
   const cuuint32_t copied[] = {copied_columns, copied_rows}, every[] = {1, 1};
-  const auto swizzle = copied_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  const auto swizzle = copied_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                       : copied_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                              : CU_TENSOR_MAP_SWIZZLE_32B;
   const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), sizes, row_bytes,
       copied, every, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

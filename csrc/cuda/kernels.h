@@ -10,7 +10,7 @@
 
 namespace vitup::cuda {
 
-enum class Type { float64, float32, bfloat16, float16, int64 };
+enum class Type { float64, float32, bfloat16, float16, int64, float8_e4m3fn };
 
 // Values of the storage types; numeric.h computes with them.
 struct bfloat16 {

@@ -100,8 +100,9 @@ struct alignas(1024) Shared {
 
 static_assert(sizeof(Shared) <= 227 * 1024, "a thread block has 227 KiB of shared memory");
 
-VITUP_DEVICE void init_barriers(Shared& shared) {
-  for (std::uint32_t slot = 0; slot < SLOTS; ++slot) {
+template <class AnyShared>
+VITUP_DEVICE void init_barriers(AnyShared& shared) {
+  for (std::uint32_t slot = 0; slot < sizeof shared.full / sizeof(Barrier); ++slot) {
     barrier_init(shared.full[slot], 1);
     barrier_init(shared.empty[slot], CLUSTER * CONSUMERS * WARPS);
   }
@@ -138,8 +139,8 @@ VITUP_DEVICE void produce_weights(const Arguments& a, Shared& shared, const Plac
 }
 
 // One thread: bring the rows of x of both consumers.
-template <class AnyArguments>
-VITUP_DEVICE void produce_rows(const AnyArguments& a, Shared& shared, const Place& at) {
+template <class AnyArguments, class AnyShared>
+VITUP_DEVICE void produce_rows(const AnyArguments& a, AnyShared& shared, const Place& at) {
   std::uint32_t phase = FILM<AnyArguments> ? 0 : 1;
   for (std::uint32_t tile = at.cluster * CLUSTER_ROWS; tile < a.rows; tile += at.clusters * CLUSTER_ROWS) {
     for (std::uint32_t w = 0; w < CONSUMERS; ++w) {

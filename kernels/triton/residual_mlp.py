@@ -16,13 +16,21 @@ class FoldedMLP(NamedTuple):
 
     first: Folded
     second: Folded
+    quantised: cuda.QuantisedMLP | None = None  # where products take 8 bits
 
 
 def fold_mlp(
-    norm_weight: Tensor, norm_bias: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    fp8: bool = False,
 ) -> FoldedMLP:
-    """Fold the LayerNorm of an MLP into its first layer."""
-    return FoldedMLP(fold(weight1, bias1, norm_weight, norm_bias), fold(weight2, bias2))
+    """Fold the LayerNorm of an MLP into its first layer, and with ``fp8`` quantise both."""
+    first, second = fold(weight1, bias1, norm_weight, norm_bias), fold(weight2, bias2)
+    return FoldedMLP(first, second, cuda.quantise_mlp(*first[:2], *second[:2]) if fp8 else None)
 
 
 def residual_mlp(
@@ -35,11 +43,15 @@ def residual_mlp(
     want_moments: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """``x + W2 gelu(W1 LN(x) + b1) + b2`` and the moments of its rows; buffers as for :func:`linear`."""
-    if cuda.fits_one_kernel("residual_mlp", layers.first.weight.shape[0], x, layers.second.weight):
+    hidden_width, one_kernel = layers.first.weight.shape[0], layers.quantised is not None
+    if one_kernel or cuda.fits_one_kernel("residual_mlp", hidden_width, x, layers.second.weight):
         result, new_moments = in_buffer(out, x.shape, x.dtype, x), None
         if want_moments:
             new_moments = in_buffer(out_moments, (len(x), 1, 2), wide(x.dtype), x)
-        cuda.residual_mlp(x, (*layers.first[:2], *layers.second[:2]), result, new_moments)
+        if layers.quantised is not None:
+            cuda.residual_mlp_fp8(x, layers.quantised, result, new_moments)
+        else:
+            cuda.residual_mlp(x, (*layers.first[:2], *layers.second[:2]), result, new_moments)
         return result, new_moments
     hidden, _ = linear(x, layers.first, moments, gelu=True, out=hidden)  # [M, E]
     return linear(
@@ -51,6 +63,16 @@ def forward(x: Tensor, *weights: Tensor) -> Tensor:
     """Forward pass of :func:`vitup_fast.ops.residual_mlp`."""
     rows = x.contiguous().view(-1, x.shape[-1])  # [M, D]
     return residual_mlp(rows, measure_moments(rows), fold_mlp(*weights))[0].view(x.shape)
+
+
+def forward_fp8(x: Tensor, *weights: Tensor) -> Tensor:
+    """The same with 8-bit products."""
+    rows = x.contiguous().view(-1, x.shape[-1])  # [M, D]
+    if rows.data_ptr() % 16:  # as much is copied at once
+        rows = rows.clone()
+    result = rows.new_empty(rows.shape)
+    cuda.residual_mlp_fp8(rows, fold_mlp(*weights, fp8=True).quantised, result, None)
+    return result.view(x.shape)
 
 
 def normed_mlp_backward(

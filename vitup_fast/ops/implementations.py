@@ -39,6 +39,7 @@ def implementations() -> list[Implementation]:
     onednn = "with" if torch.backends.mkldnn.is_available() else "without"
     obstacle = _triton_obstacle()
     cuda, cpu, int8 = _cuda_obstacle(), _cpu_obstacle(int8=False), _cpu_obstacle(int8=True)
+    fp8 = _cuda_fp8_obstacle()
     return [
         Implementation(
             "triton", obstacle is None, obstacle or "fused kernels for NVIDIA GPUs and their tensors"
@@ -47,6 +48,11 @@ def implementations() -> list[Implementation]:
             "cuda",
             cuda is None,
             cuda or "the same with compiled kernels where there are some, not yet measured",
+        ),
+        Implementation(
+            "cuda_fp8",
+            fp8 is None,
+            fp8 or "the same with residual MLPs in 8-bit floating point; only when asked for",
         ),
         Implementation("cpu", cpu is None, cpu or f"compiled kernels for CPU tensors ({_instruction_set()})"),
         Implementation(
@@ -57,9 +63,13 @@ def implementations() -> list[Implementation]:
     ]
 
 
-NAMES = ("triton", "cuda", "cpu", "cpu_int8", "torch", "reference")
+NAMES = ("triton", "cuda", "cuda_fp8", "cpu", "cpu_int8", "torch", "reference")
+# Those that launch kernels on a GPU.
+GPU_NAMES = ("triton", "cuda", "cuda_fp8")
 # Operations with compiled CUDA kernels.
 COMPILED = ("bilinear_sample", "residual_mlp", "film_mlp")
+# Where the kernel with 8-bit products runs, and the width that it is written for.
+FP8_CAPABILITY, FP8_ARCHITECTURE, FP8_WIDTH = (9, 0), "90a", 384
 OLDEST_TRITON = (3, 6)
 HEAD_DIMS = (32, 64, 128)
 
@@ -208,18 +218,59 @@ def _cuda_obstacle_for(x: Tensor, widths: Mapping[str, int], head_dim: int | Non
 
 
 @_constant_to_compiler
+def _fp8_obstacle_on(device_index: int) -> str | None:
+    """Why the kernel with 8-bit products cannot run on a GPU, or None."""
+    built, capability = extension.load().cuda.architectures(), torch.cuda.get_device_capability(device_index)
+    if capability != FP8_CAPABILITY:
+        name, (major, minor) = torch.cuda.get_device_name(device_index), capability
+        return f"its 8-bit products need compute capability 9.0 (H100, H200), and {name} has {major}.{minor}"
+    if FP8_ARCHITECTURE not in built:
+        return (
+            f"its 8-bit products need the CUDA kernels built for 90a, not only for {', '.join(built)} "
+            "(build with VITUP_FAST_CUDA_ARCHITECTURES=90a)"
+        )
+    return None
+
+
+@_constant_to_compiler
+def _cuda_fp8_obstacle() -> str | None:
+    """Why the compiled CUDA kernels cannot compute in 8-bit floating point on any GPU of this machine, or None."""
+    if interpreted():
+        return _triton_package_obstacle() or "Triton's interpreter has no 8-bit products"
+    obstacle = _cuda_obstacle()
+    if obstacle is not None:
+        return obstacle
+    obstacles = [_fp8_obstacle_on(index) for index in range(torch.cuda.device_count())]
+    return None if None in obstacles else obstacles[0]
+
+
+def _cuda_fp8_obstacle_for(x: Tensor, widths: Mapping[str, int], head_dim: int | None) -> str | None:
+    """Why the compiled CUDA kernels cannot take these features in 8-bit floating point, or None."""
+    if interpreted():
+        return _cuda_fp8_obstacle()
+    obstacle = (
+        _triton_obstacle_for(x, widths, head_dim) or _cuda_obstacle() or _fp8_obstacle_on(x.device.index)
+    )
+    if obstacle is None and x.dtype != torch.bfloat16:
+        return f"its 8-bit products take bfloat16 features, not {str(x.dtype).removeprefix('torch.')}"
+    if obstacle is None and x.shape[-1] != FP8_WIDTH:
+        return f"its 8-bit products are written for a width of {FP8_WIDTH}, not {x.shape[-1]}"
+    return obstacle
+
+
+@_constant_to_compiler
 def _faster_widths(operation: str, device_index: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Widths at which measurements show an operation to be faster with compiled kernels on a GPU."""
     return backend("cuda").faster_widths(operation, torch.cuda.get_device_name(device_index), dtype)
 
 
 def compiled_operations(impl: str, x: Tensor) -> tuple[str, ...]:
-    """Operations that run with compiled CUDA kernels for ``impl``: all of them for ``"cuda"``.
+    """Operations that run with compiled CUDA kernels for ``impl``: all of them for ``"cuda"`` and ``"cuda_fp8"``.
 
     For ``"auto"`` those that measurements in ``bench/results`` show to be faster so, on the GPU of ``x``, in its dtype
     and at its width; none where the kernels cannot run.
     """
-    if impl == "cuda":
+    if impl in ("cuda", "cuda_fp8"):
         return COMPILED
     if impl != "auto" or not x.is_cuda or _cuda_obstacle_for(x, {}, None) is not None:
         return ()
@@ -321,6 +372,8 @@ def resolve(
         obstacle = _triton_obstacle_for(x, widths, head_dim)
     elif name == "cuda":
         obstacle = _cuda_obstacle_for(x, widths, head_dim)
+    elif name == "cuda_fp8":
+        obstacle = _cuda_fp8_obstacle_for(x, widths, head_dim)
     else:
         obstacle = _cpu_obstacle_for(x, widths, head_dim, int8=name == "cpu_int8")
     if impl == "auto":

@@ -25,7 +25,7 @@ from ..kernels.cuda import compiled_kernels
 from ..network.image_cache import ImageCache
 from ..network.weights import BlockWeights, DecoderWeights, NetworkWeights, Snapshot
 from ..ops.coordinates import position_dtype, rope_angles, rotate_complex, token_centres
-from ..ops.implementations import compiled_operations
+from ..ops.implementations import GPU_NAMES, compiled_operations
 from ..ops.primitives import LAYER_NORM_EPS
 from .operators import OperatorsWalk
 from .plan import Spans
@@ -54,8 +54,8 @@ class FoldedBlock(NamedTuple):
     token_norm: tuple[Tensor, Tensor]
 
 
-def fold_block(block: BlockWeights, head_dim: int) -> FoldedBlock:
-    """Fold the parameters of one block."""
+def fold_block(block: BlockWeights, head_dim: int, fp8: bool = False) -> FoldedBlock:
+    """Fold the parameters of one block; with ``fp8`` quantise those of its residual MLPs."""
     from ..kernels.triton.film_mlp import fold_position
     from ..kernels.triton.linear import fold
     from ..kernels.triton.residual_mlp import fold_mlp
@@ -67,13 +67,13 @@ def fold_block(block: BlockWeights, head_dim: int) -> FoldedBlock:
         torch.cat((image.key_bias, image.value_bias)),
     )
     return FoldedBlock(
-        fold_mlp(*block.transition),
+        fold_mlp(*block.transition, fp8=fp8),
         fold_query(*attention[:4], head_dim),
         fold(attention.out_weight, attention.out_bias),
         fold_position(*block.position),
         fold_mlp(*block.film.mlp),
         (block.film.out_norm_weight.contiguous(), block.film.out_norm_bias.contiguous()),
-        fold_mlp(*block.mlp),
+        fold_mlp(*block.mlp, fp8=fp8),
         fold(*key_value, image.norm_weight, image.norm_bias),
         (image.token_norm_weight, image.token_norm_bias),
     )
@@ -375,7 +375,7 @@ class GpuWalk(Walk):
     @classmethod
     def takes(cls, settings: Settings) -> bool:
         """See :meth:`Walk.takes`."""
-        return settings.in_place and settings.implementation in ("triton", "cuda")
+        return settings.in_place and settings.implementation in GPU_NAMES
 
     @classmethod
     def query_bytes(cls, dim: int, dtype: torch.dtype) -> int:
@@ -389,7 +389,8 @@ class GpuWalk(Walk):
         with plain_modes(self.device):
             self.weights = weights.map(torch.Tensor.detach)
             weights = weights.map(lambda t: t.detach().to(self.dtype))
-            blocks = [fold_block(block, self.dim // settings.heads) for block in weights.blocks]
+            fp8 = settings.implementation == "cuda_fp8"
+            blocks = [fold_block(block, self.dim // settings.heads, fp8) for block in weights.blocks]
             self.constants = Constants(blocks, weights.inv_freq, weights.freqs)
             self.decoders = [fold_decoder(decoder) for decoder in weights.decoders]
         self._graphed: OrderedDict[tuple[object, ...], GraphedChunk] = OrderedDict()

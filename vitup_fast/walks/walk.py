@@ -13,6 +13,7 @@ from torch import Tensor
 from ..network.grid import Queries
 from ..network.image_cache import ImageCache
 from ..network.weights import DecoderWeights, NetworkWeights
+from ..ops.implementations import GPU_NAMES
 from ..ops.norm_linear import label_dtype
 from .plan import CHUNK_QUERIES, Spans, gpu_chunk
 
@@ -42,11 +43,11 @@ class Settings(NamedTuple):
     @property
     def on_gpu(self) -> bool:
         """Whether a GPU computes, or Triton's interpreter in its place."""
-        return self.device.type == "cuda" or self.implementation in ("triton", "cuda")
+        return self.device.type == "cuda" or self.implementation in GPU_NAMES
 
     def usual_chunk(self, dim: int) -> int:
         """Queries of a network of width ``dim`` to walk at once where memory allows it."""
-        if self.implementation in ("triton", "cuda"):
+        if self.implementation in GPU_NAMES:
             from ..kernels.triton.common import multiprocessors
 
             return gpu_chunk(multiprocessors(self.device), dim)
