@@ -182,8 +182,11 @@ def test_models_of_a_hub_repository(tmp_path, monkeypatch):
     described["pretrained_cfg"] = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "num_classes": 0}
     (tmp_path / "config.json").write_text(json.dumps(described))
 
-    def download(repo_id, filename, **_):
+    asked = []
+
+    def download(repo_id, filename, revision=None, **_):
         assert repo_id == "someone/small-dinov2"
+        asked.append(revision)
         if not (tmp_path / filename).exists():
             raise OSError(f"no {filename}")
         return str(tmp_path / filename)
@@ -196,6 +199,12 @@ def test_models_of_a_hub_repository(tmp_path, monkeypatch):
         64,
         "hf-hub:someone/small-dinov2",
     )
+    assert set(asked) == {None}
+    asked.clear()
+    pinned = Upsampler.create("hf-hub:someone/small-dinov2@v1", (0, 3), device="cpu")
+    assert set(asked) == {"v1"}
+    assert pinned.vit_up.config.backbone == "hf-hub:someone/small-dinov2@v1"
+    assert same(pinned.backbone.model.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "dinov2."])
@@ -680,6 +689,15 @@ def test_the_hub(tmp_path, monkeypatch):
     model.backbone.merge_lora()
     assert same(loaded.state_dict(), model.state_dict())
     assert same(vitup_fast.load("me/net", device="cpu").state_dict(), model.state_dict())
+    assert loaded.model_config["weights"] == "me/net@v1"
+    commit = hub / "me" / "net" / "snapshots" / "0123abc"
+    commit.mkdir(parents=True)
+    shutil.copy(hub / "me/net/model.safetensors", commit)
+    cached = lambda repo_id, filename, **options: asked.update(options) or str(commit / filename)  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", cached)
+    for model_of in (vitup_fast.load, Upsampler.from_pretrained):
+        assert model_of("me/net", revision="v2", device="cpu").model_config["weights"] == "me/net@0123abc"
+        assert asked.pop("revision") == "v2"
 
     def offline(*_, **__):
         raise OSError("no network\nat all")

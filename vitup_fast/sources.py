@@ -107,7 +107,7 @@ def find_model(
         elif weights is None and fetch:
             remedy = "Pass weights=PATH to a local file, or weights='random' to try the library out."
             path = fetch_file(HUB_REPOSITORY, f"{name}.safetensors", revision, remedy)
-            label = f"{HUB_REPOSITORY}@{revision}"
+            label = hub_label(HUB_REPOSITORY, path, revision)
         return checked_source(name, config, path, label)
     if isinstance(model, str) and _is_backbone(model):
         if weights is None:
@@ -119,7 +119,10 @@ def find_model(
     path = existing_file("model", model)
     if weights is not None:
         raise expected("weights", "None, since the model is a file", repr(weights))
-    return file_source(path or fetch_model(model, revision), str(model))
+    if path is not None:
+        return file_source(path, str(model))
+    path = fetch_model(model, revision)
+    return file_source(path, hub_label(model, path, revision))
 
 
 def file_source(path: Path, label: str) -> Source:
@@ -219,6 +222,12 @@ def fetch_file(repository: str, name: str, revision: str | None, remedy: str, **
         raise WeightsUnavailableError(
             f"weights: cannot fetch {name} from {place} ({reason}). {remedy}"
         ) from error
+
+
+def hub_label(repository: str, path: Path, revision: str | None) -> str:
+    """Say which commit a fetched file is of, as its place in the hub's cache tells, or else which was asked for."""
+    in_cache = path.parent.parent.name == "snapshots"
+    return f"{repository}@{path.parent.name if in_cache else revision or HUB_REVISION}"
 
 
 def backbone_source(backbone_weights: object) -> Path | str | None:

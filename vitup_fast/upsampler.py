@@ -40,6 +40,7 @@ from .sources import (
     fetch_model,
     file_source,
     find_model,
+    hub_label,
     model_card,
     model_file,
     read_parts,
@@ -144,7 +145,8 @@ class Upsampler(nn.Module):
         Width, heads, patch size, prefix tokens, mean and deviation are found out.
 
         Args:
-            backbone: name of a timm model, or ``"hf-hub:owner/name"``; or a configuration, which says all of this.
+            backbone: name of a timm model, or ``"hf-hub:owner/name"``, with ``@`` and a commit, tag or branch behind it
+                if its weights shall stay the same; or a configuration, which says all of this.
             depths: backbone depths to read, ascending from 0; None means seven, evenly spread.
             weights: None leaves the network as initialised from PyTorch's generator; a path reads a ViT-Up file.
             backbone_weights: None lets timm fetch its published weights; a path reads a file of the backbone as
@@ -231,7 +233,7 @@ class Upsampler(nn.Module):
             if name in options:
                 raise expected(name, "no such argument", "one", "The file says which model it holds.")
         model = pretrained_model_name_or_path
-        path = existing_file("pretrained_model_name_or_path", model)
+        path, label = existing_file("pretrained_model_name_or_path", model), str(model)
         if path is None:
             hub_options = {
                 "force_download": force_download,
@@ -240,7 +242,8 @@ class Upsampler(nn.Module):
                 "local_files_only": local_files_only,
             }
             path = fetch_model(model, revision, **hub_options)
-        return _load(cls, lambda: file_source(path, str(model)), **options)
+            label = hub_label(model, path, revision)
+        return _load(cls, lambda: file_source(path, label), **options)
 
     def save_pretrained(
         self,
@@ -730,7 +733,8 @@ def load(
         hidden_layer_img_size: see :class:`Upsampler`; None means what the file or the model's configuration says.
         query_chunk_size: see :class:`Upsampler`.
         max_memory: see :class:`Upsampler`.
-        revision: commit, tag or branch of the hub's repository.
+        revision: commit, tag or branch of the hub's repository; ``model_config["weights"]`` names the commit that came.
+            The backbone is timm's newest: pin it by a file, ``backbone_weights=hf_hub_download(..., revision=...)``.
         merge_adapters: False keeps LoRA apart from the backbone's weights (see :meth:`Backbone.merge_lora`).
         backbone: the earlier name of ``backbone_weights``.
 

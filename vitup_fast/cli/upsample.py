@@ -19,7 +19,7 @@ from ..files import byte_size, digest_file, digest_tensors
 from ..images import feature_picture, image_size, normalise, open_image, write_atomically
 from ..network.adaptive import AdaptiveReport, check_tolerance
 from ..network.model import check_size
-from ..sources import WeightsUnavailableError, find_model
+from ..sources import HUB_REVISION, WeightsUnavailableError, find_model
 from ..upsampler import Upsampler, load
 from . import outputs
 from .guards import available_memory, enough_memory, interruptible
@@ -69,6 +69,11 @@ def add_model_arguments(parser: argparse._ActionsContainer) -> None:
         help="published model, timm model, file or folder, or owner/name on the hub",
     )
     parser.add_argument("--weights", help="checkpoint file, or 'random' (published weights from the hub)")
+    parser.add_argument(
+        "--revision",
+        default=HUB_REVISION,
+        help="commit, tag or branch of the model's repository on the hub (main)",
+    )
     parser.add_argument("--backbone-weights", help="backbone file (published weights from the hub)")
     parser.add_argument("--backbone", dest="backbone_weights", help=argparse.SUPPRESS)
     parser.add_argument(
@@ -154,7 +159,7 @@ def _plan(args: argparse.Namespace, targets: list[Target], failures: list[InputE
     """Leave out images that cannot succeed, and check that memory and disk hold the results of the rest."""
     on_cpu = args.device.startswith("cpu") if args.device else not torch.cuda.is_available()
     dtype = DTYPES[args.dtype or ("float32" if on_cpu else "bfloat16")]
-    dim = find_model(args.model, args.weights, fetch=False).config.dim
+    dim = find_model(args.model, args.weights, args.revision, fetch=False).config.dim
     written = torch.float32 if args.save == "npy" and dtype == torch.bfloat16 else dtype
     if args.size:
         _check_memory("--size", check_size("--size", tuple(args.size)), dim, dtype, written)
@@ -198,6 +203,7 @@ def load_model(args: argparse.Namespace) -> Upsampler:
         "device": args.device,
         "dtype": DTYPES.get(args.dtype),
         "hidden_layer_img_size": tuple(args.hidden_layer_img_size) if args.hidden_layer_img_size else None,
+        "revision": args.revision,
     }
     try:
         return load(args.model, args.weights, **options)
