@@ -156,24 +156,26 @@ def rows_cost(name: str, values: dict[str, Any], machine: Machine) -> Cost:
 
 
 class OneKernelMLP(NamedTuple):
-    """An MLP as one kernel (``csrc/cuda/residual_mlp_kernel.cuh``), in the place of the launches of its parts.
+    """An MLP as one kernel (``csrc/cuda/residual_mlp*_kernel.cuh``), in the place of the launches of its parts.
 
     Attributes:
         rows: number of rows M.
         hidden: width E of the hidden layer.
         token: of the FiLM MLP, token of each row, else None.
         film: of the FiLM MLP, row of ``[gamma, beta]`` of each row, else None.
+        fp8: whether its products are of 8-bit numbers.
     """
 
     rows: int
     hidden: int
     token: Tensor | None  # [M]
     film: Tensor | None  # [M]
+    fp8: bool = False
 
 
 # Its sizes, and instructions that a warp of it executes for a tile beside its products, counted in the code of sm_90a.
 MLP_DIM, MLP_ROWS, MLP_CHUNK = 384, 128, 32
-MLP_INSTRUCTIONS, FILM_INSTRUCTIONS = 3500, 7050
+MLP_INSTRUCTIONS, FILM_INSTRUCTIONS, FP8_INSTRUCTIONS = 3500, 7050, 3200
 
 
 def values_of(launch: common.Launch) -> dict[str, Any]:
@@ -182,9 +184,12 @@ def values_of(launch: common.Launch) -> dict[str, Any]:
 
 
 def with_one_kernel_mlps(
-    launches: Sequence[common.Launch], machine: Machine = Machine()
+    launches: Sequence[common.Launch], machine: Machine = Machine(), fp8: bool = False
 ) -> list[common.Launch | OneKernelMLP]:
-    """The launches of ``impl="cuda"`` on Hopper: an MLP's are one where the kernel takes its dtype, width and rows."""
+    """The launches of ``impl="cuda"`` on Hopper: an MLP's are one where the kernel takes its dtype, width and rows.
+
+    With ``fp8`` those of ``impl="cuda_fp8"``: all residual MLPs of that width are, with 8-bit products.
+    """
     found: list[common.Launch | OneKernelMLP] = []
     # Both products of an MLP, gathering before and a LayerNorm in a pass of its own after them.
     waiting = list(launches)
@@ -198,21 +203,21 @@ def with_one_kernel_mlps(
             and second["p_x"].data_ptr() == hidden.data_ptr()
             and first["p_x"].dtype == torch.bfloat16
             and first["K"] == second["N"] == MLP_DIM
-            and fills_waves(first["M"], machine.multiprocessors)
         )
-        if not is_mlp:
+        before = values_of(found[-1]) if found and isinstance(found[-1], common.Launch) else {}
+        gathers = "p_gamma_beta" in before and before["p_out"].data_ptr() == first["p_x"].data_ptr()
+        quantised = fp8 and not gathers
+        if not is_mlp or not (quantised or fills_waves(first["M"], machine.multiprocessors)):
             found.append(launch)
             continue
         waiting.pop(0)
         token = film = None
-        if found and isinstance(found[-1], common.Launch):
-            before = values_of(found[-1])
-            if "p_gamma_beta" in before and before["p_out"].data_ptr() == first["p_x"].data_ptr():
-                token, film = film_rows(before)
-                found.pop()
-        if token is not None and not second["OUT_NORM"]:
-            waiting.pop(0)
-        found.append(OneKernelMLP(first["M"], first["N"], token, film))
+        if gathers:
+            token, film = film_rows(before)
+            found.pop()
+            if not second["OUT_NORM"]:
+                waiting.pop(0)
+        found.append(OneKernelMLP(first["M"], first["N"], token, film, quantised))
     return found
 
 
@@ -243,19 +248,20 @@ def mlp_cost(mlp: OneKernelMLP, machine: Machine) -> Cost:
     tiles_of = -(-M // (2 * rows)) * 2  # in clusters of two
     waves = -(-tiles_of // (machine.multiprocessors // 2 * 2))
     share = min(machine.l2 / min(tiles_of, machine.multiprocessors), tiles.MULTIPROCESSOR_L2) / clock
-    weights = D * MLP_CHUNK * 2
-    products = 2 * rows * D * MLP_CHUNK / 2048
+    itemsize, turns, chunks = (1, 2, E / MLP_CHUNK + 1) if mlp.fp8 else (2, 4, E / MLP_CHUNK)
+    weights = D * MLP_CHUNK * itemsize
+    products = 2 * rows * D * MLP_CHUNK / (4096 / itemsize)
     # Both consumers of a block read their rows and W1's chunk, and W2's; copies write both chunks.
-    shared = (rows * D * 2 + 6 * weights) / machine.shared
-    chunk = max(products, shared, weights / share) + 4 * machine.turn
+    shared = (rows * D * itemsize + 6 * weights) / machine.shared
+    chunk = max(products, shared, weights / share) + turns * machine.turn
     # Four schedulers issue for a warp of each consumer.
-    instructions, gathered = 2.0 * MLP_INSTRUCTIONS, 0.0
+    instructions, gathered = 2.0 * (FP8_INSTRUCTIONS if mlp.fp8 else MLP_INSTRUCTIONS), 0.0
     if mlp.film is not None:
         instructions = 2.0 * FILM_INSTRUCTIONS
         gathered = distinct(mlp.token) * D * 2 + distinct(mlp.film) * D * 8
-    tile = E / MLP_CHUNK * chunk + instructions + gathered / share
+    tile = chunks * chunk + instructions + gathered / share
     traffic = tiles_of * (2 * rows * D * 2 + E / MLP_CHUNK * weights + gathered)
-    title = f"{'film' if gathered else 'residual'} mlp in one kernel {D} -> {E} -> {D}"
+    title = f"{'film' if gathered else 'residual'} mlp in one kernel {D} -> {E} -> {D}" + ", e4m3" * mlp.fp8
     memory = 2 * beyond_cache(machine, M * D * 2)
     return Cost(title, 4.0 * M * D * E, traffic, memory, waves, waves * tile / clock + tiles.START_SECONDS)
 
@@ -346,6 +352,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add(
         "--one-kernel", action="store_true", help="MLPs in one kernel each, as impl='cuda' has them on Hopper"
     )
+    add(
+        "--fp8",
+        action="store_true",
+        help="the same with residual MLPs in 8 bits, as impl='cuda_fp8' has them",
+    )
     add("--json", type=Path, metavar="PATH", help="write the figures to this file")
     for one in fields(Machine):
         add(f"--{one.name}", type=type(one.default), default=one.default, help=f"default: {one.default:g}")
@@ -359,8 +370,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         recorded = network_launches(config, getattr(torch, options.dtype), options.sm, tuple(options.call))
         for call, launches in recorded.items():
             title = f"ViT-Up D={config.dim}, {call}, {options.dtype}"
-            if options.one_kernel:
-                launches, title = with_one_kernel_mlps(launches, machine), f"{title}, MLPs in one kernel"
+            if options.one_kernel or options.fp8:
+                launches = with_one_kernel_mlps(launches, machine, options.fp8)
+                title += ", MLPs in one kernel" + ", residual ones in e4m3" * options.fp8
             found.append(predict(title, launches, machine, options.sm))
             print(found[-1].table() + "\n", flush=True)
     if options.json is not None:
