@@ -628,7 +628,7 @@ def damage(folder: Path, what: str) -> None:
         ("unlabelled", "folder: expected labelled pixels"),
         ("unknown", "0.png: expected class indices below 2 (background, thing), or 255 for none, got 2"),
         ("text", "scenes.json: expected 'classes', and 'scenes'"),
-        ("json", "scenes.json is no JSON"),
+        ("json", "scenes.json: is no JSON"),
     ],
 )
 def test_labelled_folders_that_are_refused(plain, what, words):
@@ -774,7 +774,7 @@ def test_command_line_refuses(tmp_path, capsys):
     assert run("segmentation", tmp_path / "none", "-o", tmp_path / "out", *RANDOM) == 2
     assert "images: expected a folder of pictures" in one_sentence(capsys)
     assert run("matching", tmp_path / "none.json", "-o", tmp_path / "out", *RANDOM) == 2
-    assert "none.json cannot be read" in one_sentence(capsys)
+    assert "none.json: cannot be read" in one_sentence(capsys)
     assert run("make-scenes", tmp_path, tmp_path, "-o", tmp_path / "out") == 2
     assert "cutouts: expected a folder with pictures" in one_sentence(capsys)
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import torch._inductor.config
 
 from vitup_fast import InputError, Upsampler, ViTUpConfig
 from vitup_fast.cli import main
-from vitup_fast.export import export_onnx, export_pt2, exported_program
+from vitup_fast.export import export, exported_program
 from vitup_fast.network.backbone import config_for
 from vitup_fast.sources import seeded_network
 from vitup_fast.testing import assert_within_budget
@@ -60,7 +60,7 @@ def test_programs_hold_operators_of_pytorch_alone(model):
 def test_onnxruntime_gives_the_same_features(model, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    export_onnx(model, tmp_path / "points.onnx", IMAGE_SIZE)
+    export(model, tmp_path / "points.onnx", IMAGE_SIZE)
     assert [file.name for file in tmp_path.iterdir()] == ["points.onnx"]
     session = runtime.InferenceSession(tmp_path / "points.onnx", providers=["CPUExecutionProvider"])
     for points in (3, 41):
@@ -91,15 +91,20 @@ def test_compiled_dense_maps_are_one_graph(model):
     torch.testing.assert_close(compiled(image), model.dense(image, (3, 5)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("write", [export_onnx, export_pt2])
-def test_files_that_cannot_be_written(write, model, tmp_path):
-    if write is export_onnx:
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2"])
+def test_files_that_cannot_be_written(name, model, tmp_path, capsys):
+    if name == "model.onnx":
         pytest.importorskip("onnxscript")
-    with pytest.raises(InputError, match="path: expected a file name that ends in"):
-        write(model, tmp_path / "model.bin", IMAGE_SIZE)
-    name = "model.onnx" if write is export_onnx else "model.pt2"
     with pytest.raises(InputError, match="path: expected a file in a folder that exists"):
-        write(model, tmp_path / "none" / name, IMAGE_SIZE)
+        export(model, tmp_path / "none" / name, IMAGE_SIZE)
     with pytest.raises(InputError, match="image_size: expected"):
-        write(model, tmp_path / name, (0, 3))
+        export(model, tmp_path / name, (0, 3))
+    other = {"model.onnx": "--pt2", "model.pt2": "--onnx"}[name]
+    assert main(["export", other, str(tmp_path / name), "--model", "tiny", "--weights", "random"]) == 2
+    assert f"{other}: expected a file name that ends in" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_endings_name_formats(model, tmp_path):
+    with pytest.raises(InputError, match=r"path: expected a file name that ends in \.onnx or \.pt2"):
+        export(model, tmp_path / "model.bin", IMAGE_SIZE)

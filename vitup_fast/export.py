@@ -22,6 +22,7 @@ from .upsampler import Upsampler
 # Points that an exported program is traced with; it takes any number from one to the most.
 _TRACED_POINTS = 20
 _MOST_POINTS = 2**24
+ENDINGS = (".onnx", ".pt2")
 
 
 class _AtPoints(nn.Module):
@@ -74,81 +75,57 @@ def exported_program(
         )
 
 
-def export_onnx(
+def export(
     model: Upsampler,
     path: str | os.PathLike[str],
     image_size: tuple[int, int],
     size: tuple[int, int] | None = None,
 ) -> None:
-    """Write a model as ONNX, for onnxruntime and others.
+    """Write a model as a file that runs without this library.
 
     Args:
         model: see :func:`exported_program`.
-        path: the file, ``.onnx``, whole or absent; weights beyond 2 GB lie beside it in ``NAME.onnx.data``.
+        path: the file, whole or absent: ``.onnx``, for onnxruntime and others, with weights beyond 2 GB beside it in
+            ``NAME.onnx.data``; or ``.pt2``, compiled for ``torch._inductor.aoti_load_package`` and C++.
         image_size: see :func:`exported_program`.
         size: see :func:`exported_program`.
 
     Raises:
-        InputError: an argument that does not fit, or a file that cannot be written.
-        MissingPackageError: onnx or onnxscript is not installed.
+        InputError: an argument that does not fit, a file that cannot be written, or no compiler for a ``.pt2``.
+        MissingPackageError: onnx or onnxscript is not installed, for an ``.onnx``.
     """
-    require("onnx", "export", "writing ONNX")
-    require("onnxscript", "export", "writing ONNX")
-    target = _target(path, ".onnx")
-    program = exported_program(model, image_size, size)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        converted = torch.onnx.export(
-            program,
-            dynamo=True,
-            input_names=["image"] if size is not None else ["image", "coords"],
-            output_names=["features"],
-            verbose=False,
-        )
-    _write(target, converted.save)
-
-
-def export_pt2(
-    model: Upsampler,
-    path: str | os.PathLike[str],
-    image_size: tuple[int, int],
-    size: tuple[int, int] | None = None,
-) -> None:
-    """Compile a model ahead of time into a package, for ``torch._inductor.aoti_load_package`` and C++.
-
-    Args:
-        model: see :func:`exported_program`.
-        path: the file, ``.pt2``, whole or absent.
-        image_size: see :func:`exported_program`.
-        size: see :func:`exported_program`.
-
-    Raises:
-        InputError: an argument that does not fit, a file that cannot be written, or no compiler.
-    """
-    target = _target(path, ".pt2")
-    program = exported_program(model, image_size, size)
-
-    def compile_to(path: str) -> None:
-        """Compile, for which Inductor needs a C++ compiler, or on a GPU Triton."""
-        try:
-            torch._inductor.aoti_compile_and_package(program, package_path=path)
-        except OSError:
-            raise
-        except Exception as error:
-            reason = brief(str(error).partition("\n")[0], 300) or type(error).__name__
-            raise InputError(f"model: AOTInductor cannot compile it ({reason}).") from error
-
-    _write(target, compile_to)
-
-
-def _target(path: str | os.PathLike[str], ending: str) -> Path:
-    """Check where a file shall be written."""
     target = Path(path)
-    if target.suffix != ending:
-        raise expected("path", f"a file name that ends in {ending}", brief(path))
+    if target.suffix not in ENDINGS:
+        raise expected("path", f"a file name that ends in {' or '.join(ENDINGS)}", brief(path))
     if not target.parent.is_dir():
         raise expected("path", "a file in a folder that exists", brief(path))
-    return target
+    if target.suffix == ".onnx":
+        require("onnx", "export", "writing ONNX")
+        require("onnxscript", "export", "writing ONNX")
+    program = exported_program(model, image_size, size)
+    convert = _to_onnx if target.suffix == ".onnx" else _to_package
+    _write(target, lambda file: convert(program, file))
+
+
+def _to_onnx(program: ExportedProgram, file: str) -> None:
+    """Translate a program to ONNX."""
+    inputs = list(program.graph_signature.user_inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"dynamo": True, "input_names": inputs, "output_names": ["features"], "verbose": False}
+        converted = torch.onnx.export(program, **options)
+    converted.save(file)
+
+
+def _to_package(program: ExportedProgram, file: str) -> None:
+    """Compile a program, for which Inductor needs a C++ compiler, or on a GPU Triton."""
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=file)
+    except OSError:
+        raise
+    except Exception as error:
+        reason = brief(str(error).partition("\n")[0], 300) or type(error).__name__
+        raise InputError(f"model: AOTInductor cannot compile it ({reason}).") from error
 
 
 def _write(target: Path, write: Callable[[str], object]) -> None:

@@ -44,11 +44,25 @@ def digest_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        InputError: missing, unreadable, or no JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"{brief(path, 500)}: cannot be read ({error.strerror or error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{brief(path, 500)}: is no JSON ({error}).") from error
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Return the object that a JSON file holds; an empty one if it is missing or broken."""
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = read_json(path)
+    except InputError:
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import require
-from ..export import export_onnx, export_pt2
+from ..errors import brief, expected, require
+from ..export import export
 from ..testing import relative_error
 from ..upsampler import Upsampler
 from .upsample import add_model_arguments, load_model
@@ -44,16 +44,18 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the file, and say how far its features are from PyTorch's."""
-    if args.onnx is not None and not args.no_check:
+    option, path = ("onnx", args.onnx) if args.pt2 is None else ("pt2", args.pt2)
+    if path.suffix != f".{option}":
+        raise expected(f"--{option}", f"a file name that ends in .{option}", brief(path))
+    if option == "onnx" and not args.no_check:
         require("onnxruntime", "export", "running ONNX (or pass --no-check)")
     model = load_model(args)
     image_size, size = tuple(args.image_size), None if args.size is None else tuple(args.size)
-    path = args.pt2 if args.onnx is None else args.onnx
-    (export_pt2 if args.onnx is None else export_onnx)(model, path, image_size, size)
+    export(model, path, image_size, size)
     print(f"{path}: image [1, 3, {image_size[0]}, {image_size[1]}] in {model.dtype}", end="")
     print(", coords [1, N, 2] in float32" if size is None else f", a map of {size[0]} x {size[1]} cells")
     if not args.no_check:
-        difference = compare(model, (run_pt2 if args.onnx is None else run_onnx)(path), image_size, size)
+        difference = compare(model, (run_onnx if option == "onnx" else run_pt2)(path), image_size, size)
         print(f"relative difference to PyTorch: {difference:.1e}")
     return 0
 

@@ -33,20 +33,6 @@ def digest(*parts: object) -> str:
     return found.hexdigest()
 
 
-def read_json(path: Path, what: str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        InputError: missing, unreadable, or no JSON.
-    """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"{what}: {shown(path)} cannot be read ({error.strerror or error}).") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{what}: {shown(path)} is no JSON ({error}).") from error
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
     text = json.dumps(content, indent=1) + "\n"

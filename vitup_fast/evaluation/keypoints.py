@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ..errors import expected
+from ..files import read_json
 from ..images import image_size, read_image
 from ..matching import find_matches
 from ..network.backbone import Backbone
 from ..pictures import read_sound
 from ..upsampler import Upsampler
 from .features import FeatureFunction, Method, methods_of
-from .files import Journal, digest, markdown, read_json, shown
+from .files import Journal, digest, markdown, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,9 +55,9 @@ def read_pairs(path: Path, images: Path | None = None) -> list[KeypointPair]:
         files = sorted(path.glob("*.json"))
         if not files:
             raise expected("pairs", "a folder with JSON files in it", shown(path))
-        records = [(file, read_json(file, "pairs")) for file in files]
+        records = [(file, read_json(file)) for file in files]
     else:
-        content = read_json(path, "pairs")
+        content = read_json(path)
         records = [(path, record) for record in (content if isinstance(content, list) else [content])]
     if not records:
         raise expected("pairs", "at least one pair", f"none in {shown(path)}")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError, expected, require
+from ..files import read_json
 from ..images import image_size, read_image
 from ..network.backbone import Backbone
 from ..pictures import pictures_below, read_sound
@@ -29,7 +30,7 @@ from .features import (
     hidden_states,
     methods_of,
 )
-from .files import Journal, digest, markdown, read_json, shown
+from .files import Journal, digest, markdown, shown
 from .scenes import HELD_OUT, SCENES, TRAIN
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class LabelledFolder(NamedTuple):
 
 def _listed(folder: Path) -> tuple[list[LabelledPicture], list[str]]:
     """Read what ``scenes.json`` says."""
-    record = read_json(folder / SCENES, "folder")
+    record = read_json(folder / SCENES)
     try:
         pictures = [
             LabelledPicture(
