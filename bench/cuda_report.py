@@ -64,6 +64,9 @@ EXPECTATIONS: Mapping[str, Expectation] = {
     r"residual_mlp_fp8_sm90_kernel": Expectation(
         384, ("QGMMA", "UTMALDG"), dynamic_shared=225280, only=("90a",)
     ),
+    r"linear_sm90_kernel<": Expectation(
+        384, ("HGMMA.64x256x16", "UTMALDG.2D.MULTICAST"), dynamic_shared=197632, only=("90a",)
+    ),
     r"residual_mlp_sm90_kernel": Expectation(384, ("HGMMA", "UTMALDG"), dynamic_shared=222208, only=("90a",)),
     r"film_mlp_sm90_kernel": Expectation(
         384, ("HGMMA", "UTMALDG", "LDG.E.128"), dynamic_shared=222208, only=("90a",)
@@ -98,9 +101,7 @@ def expectation(kernel: str) -> Expectation | None:
 def demangled(names: Sequence[str]) -> list[str]:
     """Names of kernels as a person writes them, without namespaces and arguments."""
     text = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout
-    plain = (
-        re.sub(r"vitup::cuda::|\(anonymous namespace\)::|^void ", "", line) for line in text.splitlines()
-    )
+    plain = (re.sub(r"vitup::\w+::|\(anonymous namespace\)::|^void ", "", line) for line in text.splitlines())
     return [re.sub(r" >", ">", name.split("(")[0]) for name in plain]
 
 

@@ -38,14 +38,16 @@ from vitup_fast.bench.harness import (
     BACKWARD_FACTOR,
     Case,
     Goal,
+    Report,
     Run,
     Work,
-    add_tokens,
     device_name,
+    finish,
+    fresh_start,
     make_parser,
+    measure,
     parse,
     refusals,
-    run_cases,
     versions,
     write_json,
 )
@@ -535,7 +537,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         action="store_true",
         help=f"--dense {' '.join(map(str, DENSE_SUITE))} --sparse {' '.join(map(str, SPARSE_SUITE))}",
     )
-    add_tokens(parser, TOKEN_GRID)
+    add(
+        "--tokens",
+        nargs=2,
+        type=int,
+        default=TOKEN_GRID,
+        metavar=("h", "w"),
+        help="rows and columns of tokens (28 28)",
+    )
     add("--autocast", action="store_true", help="float32 parameters, --dtype is the autocast type")
     add("--chunks", nargs="+", type=int, default=[], metavar="N", help="also try these chunk sizes")
     add("--prepared", action="store_true", help="this library has prepared the image before the clock starts")
@@ -551,31 +560,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         options.dtype = [dtype for dtype in options.dtype if dtype != torch.float32]
         if not options.dtype:
             raise expected("--autocast", "--dtype bfloat16 or float16", "float32 alone")
+    if min(options.tokens) < 1:
+        raise expected("--tokens", "two positive integers", options.tokens)
     reference.checkout()  # a wrong path is told before anything is computed
     if options.memory:
         return memory_main(options)
-    queried = sizes(options)
-
-    def cases(config: ViTUpConfig, dtype: torch.dtype) -> Iterator[Case]:
-        for queries, dense in queried:
-            yield network_case(
-                config,
-                queries,
-                dense,
-                options.device,
-                dtype,
-                impls=options.impl,
-                refused=refusals(options, "network", dtype, config.dim),
-                backward=options.backward,
-                autocast=options.autocast,
-                prepared=options.prepared,
-                compiled=options.compile,
-                chunks=options.chunks,
-                token_grid=tuple(options.tokens),
-                patch_grid=tuple(config.patch_grid_density * n for n in options.tokens),
-            )
-
-    return run_cases(options, cases)
+    return finish(reports(options, sizes(options)), options)
 
 
 def sizes(options: argparse.Namespace) -> list[tuple[int, bool]]:
@@ -593,6 +583,33 @@ def sizes(options: argparse.Namespace) -> list[tuple[int, bool]]:
         if min(values or (1,)) < 1:
             raise expected(name, "positive integers", list(values))
     return [*((side**2, True) for side in dense or ()), *((count, False) for count in sparse or ())]
+
+
+def reports(options: argparse.Namespace, sizes: Sequence[tuple[int, bool]]) -> Iterator[Report]:
+    """Measure one case after the other."""
+    for config in options.configs.values():
+        for dtype in options.dtype:
+            for queries, dense in sizes:
+                fresh_start()
+                case = network_case(
+                    config,
+                    queries,
+                    dense,
+                    options.device,
+                    dtype,
+                    impls=options.impl,
+                    refused=refusals(options, "network", dtype, config.dim),
+                    backward=options.backward,
+                    autocast=options.autocast,
+                    prepared=options.prepared,
+                    compiled=options.compile,
+                    chunks=options.chunks,
+                    token_grid=tuple(options.tokens),
+                    patch_grid=tuple(config.patch_grid_density * n for n in options.tokens),
+                )
+                report = measure(case, options.repeats, patience=options.seconds)
+                del case  # its tensors, before the next case is set up
+                yield report
 
 
 def memory_main(options: argparse.Namespace) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import gc
 import importlib.metadata
 import json
@@ -29,12 +28,11 @@ from torch import Tensor
 from vitup_fast.bench.command import check_writable, write_text
 from vitup_fast.bench.roofline import draw
 
-from vitup_fast import Upsampler, ViTUpConfig, __version__, extension
+from vitup_fast import ViTUpConfig, __version__, extension
 from vitup_fast.errors import expected, require
 from vitup_fast.ops import implementations
 from vitup_fast.ops.implementations import GPU_NAMES, interpreted
 from vitup_fast.ops.primitives import linear, pack
-from vitup_fast.sources import seeded_network
 from vitup_fast.testing import (
     OPERATIONS,
     Arguments,
@@ -625,13 +623,6 @@ def make_parser(description: str, gpu_queries: int = 50176) -> argparse.Argument
     return parser
 
 
-def add_tokens(parser: argparse.ArgumentParser, default: tuple[int, int] | None) -> None:
-    """Add the rows and columns of tokens, which benchmarks of the whole network have beside the shared options."""
-    shown = "as many as the preset's image has" if default is None else " ".join(map(str, default))
-    about = f"rows and columns of tokens ({shown})"
-    parser.add_argument("--tokens", nargs=2, type=int, default=default, metavar=("h", "w"), help=about)
-
-
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the shared options.
 
@@ -659,8 +650,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     for name in ("queries", "repeats"):
         if getattr(options, name) < 1:
             raise expected(f"--{name}", "a positive integer", getattr(options, name))
-    if min(getattr(options, "tokens", None) or (1,)) < 1:
-        raise expected("--tokens", "two positive integers", options.tokens)
     for name in ("json", "roofline"):
         if getattr(options, name) is not None:
             check_writable(getattr(options, name), f"--{name}")
@@ -670,7 +659,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 def configuration(preset: str, options: argparse.Namespace) -> ViTUpConfig:
-    """Sizes of a preset, with what ``--dim``, ``--heads`` and ``--depths`` say instead, of its backbone as well.
+    """Sizes of a preset, with what ``--dim``, ``--heads`` and ``--depths`` say instead.
 
     Raises:
         InputError: sizes that do not fit each other.
@@ -679,25 +668,11 @@ def configuration(preset: str, options: argparse.Namespace) -> ViTUpConfig:
     if options.dim is None and options.heads is None and options.depths is None:
         return config
     heads = config.num_heads if options.dim is None else max(1, options.dim // 64)
-    changed = replace(
-        config,
+    return ViTUpConfig(
         dim=config.dim if options.dim is None else options.dim,
         num_heads=heads if options.heads is None else options.heads,
-        layer_indices=config.layer_indices if options.depths is None else tuple(options.depths),
+        layer_indices=config.layer_indices if options.depths is None else options.depths,
     )
-    sizes = {"embed_dim": changed.dim, "depth": max(changed.layer_indices), "num_heads": changed.num_heads}
-    return replace(changed, backbone_options=tuple((dict(config.backbone_options) | sizes).items()))
-
-
-@functools.lru_cache(maxsize=1)
-def upsampler(
-    config: ViTUpConfig, dtype: torch.dtype, device: torch.device, token_grid: tuple[int, int] | None = None
-) -> Upsampler:
-    """A network and its backbone with seeded random weights, for images of so many tokens."""
-    network, backbone = seeded_network(config)
-    size = None if token_grid is None else tuple(n * backbone.patch_size for n in token_grid)
-    model = Upsampler(network, backbone, hidden_layer_img_size=size)
-    return model.eval().requires_grad_(False).to(device, dtype)
 
 
 def check_implementations(names: Sequence[str] | None, device: torch.device) -> list[str]:
@@ -893,38 +868,25 @@ def operation_main(
     """Run an operation's command line; ``cases(config, queries, bytes per number)`` lists what to measure."""
     options = parse(make_parser(description), argv)
 
-    def set_up(config: ViTUpConfig, dtype: torch.dtype) -> Iterable[Case]:
-        for case in cases(config, options.queries, dtype.itemsize):
-            yield operation_case(
-                case,
-                options.device,
-                dtype,
-                backward=options.backward,
-                compiled=options.compile,
-                impls=options.impl,
-                refused=refusals(options, case.operation, dtype, config.dim),
-            )
-
-    return run_cases(options, set_up)
-
-
-def run_cases(
-    options: argparse.Namespace, cases: Callable[[ViTUpConfig, torch.dtype], Iterable[Case]]
-) -> int:
-    """Measure cases of every configuration and dtype, each set up when the one before is gone; see :func:`finish`."""
-
     def reports() -> Iterable[Report]:
         for config in options.configs.values():
             for dtype in options.dtype:
-                waiting = iter(cases(config, dtype))
-                while True:
+                for case in cases(config, options.queries, dtype.itemsize):
                     fresh_start()
-                    case = next(waiting, None)
-                    if case is None:
-                        break
-                    report = measure(case, options.repeats, patience=options.seconds)
-                    del case  # its tensors, before the next case is set up
-                    yield report
+                    refused = refusals(options, case.operation, dtype, config.dim)
+                    yield measure(
+                        operation_case(
+                            case,
+                            options.device,
+                            dtype,
+                            backward=options.backward,
+                            compiled=options.compile,
+                            impls=options.impl,
+                            refused=refused,
+                        ),
+                        options.repeats,
+                        patience=options.seconds,
+                    )
 
     return finish(reports(), options)
 

@@ -6,6 +6,7 @@ image. The weights are random; times do not depend on them.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
 import sys
@@ -16,20 +17,29 @@ from torch import Tensor
 from vitup_fast.bench.command import exit_code
 from vitup_fast.bench.harness import (
     Case,
+    Report,
     Work,
-    add_tokens,
+    finish,
+    fresh_start,
     make_parser,
+    measure,
     parse,
     refusals,
-    run_cases,
-    upsampler,
 )
 
 from vitup_fast import Upsampler, ViTUpConfig
 from vitup_fast.errors import expected
 from vitup_fast.network.backbone import Backbone
+from vitup_fast.sources import seeded_network
 
 POINTS = 100
+
+
+@functools.lru_cache(maxsize=1)
+def _model(config: ViTUpConfig, dtype: torch.dtype, device: torch.device) -> Upsampler:
+    """A network and its backbone with seeded random weights."""
+    network, backbone = seeded_network(config)
+    return Upsampler(network, backbone).eval().requires_grad_(False).to(device, dtype)
 
 
 def image_cases(
@@ -40,7 +50,6 @@ def image_cases(
     *,
     impls: Sequence[str] = ("torch",),
     refused: dict[str, str] | None = None,
-    token_grid: tuple[int, int] | None = None,
 ) -> Iterator[Case]:
     """Set up the three parts of preparing one image.
 
@@ -51,9 +60,8 @@ def image_cases(
         dtype: dtype of parameters.
         impls: implementations of the network that prepare it.
         refused: implementations that shall not run, with the reason.
-        token_grid: rows and columns of tokens; None means those of the network's image size.
     """
-    model = upsampler(config, dtype, device, token_grid)
+    model = _model(config, dtype, device)
     double = copy.deepcopy(model).double()
     generator = torch.Generator("cpu").manual_seed(0)
     image = torch.randn(1, 3, *image_size, generator=generator, dtype=torch.float32, device="cpu").to(device)
@@ -120,6 +128,19 @@ def image_cases(
     )
 
 
+def reports(options: argparse.Namespace) -> Iterator[Report]:
+    """Measure one image size after the other."""
+    for config in options.configs.values():
+        for dtype in options.dtype:
+            for size in zip(options.image_size[::2], options.image_size[1::2], strict=True):
+                fresh_start()
+                refused = refusals(options, "network", dtype, config.dim)
+                for case in image_cases(
+                    config, size, options.device, dtype, impls=options.impl, refused=refused
+                ):
+                    yield measure(case, options.repeats, patience=options.seconds)
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the benchmark; see ``--help``.
 
@@ -140,26 +161,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         metavar="H W",
         help="heights and widths of images in pixels, in turns (448 448 1200 1600)",
     )
-    add_tokens(parser, None)
     options = parse(parser, argv)
     if len(options.image_size) % 2 or min(options.image_size) < 1:
         raise expected("--image-size", "pairs of positive integers", options.image_size)
     if options.backward:
         raise expected("--backward", "no images", "images", "Preparing them is not trained alone.")
-
-    def cases(config: ViTUpConfig, dtype: torch.dtype) -> Iterator[Case]:
-        for size in zip(options.image_size[::2], options.image_size[1::2], strict=True):
-            yield from image_cases(
-                config,
-                size,
-                options.device,
-                dtype,
-                impls=options.impl,
-                refused=refusals(options, "network", dtype, config.dim),
-                token_grid=options.tokens and tuple(options.tokens),
-            )
-
-    return run_cases(options, cases)
+    if any(config.backbone is None for config in options.configs.values()):
+        raise expected("--dim", "a preset, which names its backbone", "other sizes")
+    return finish(reports(options), options)
 
 
 if __name__ == "__main__":

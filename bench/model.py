@@ -20,7 +20,7 @@ from torch import Tensor
 from vitup_fast.bench.command import check_writable, exit_code
 from vitup_fast.bench.harness import DTYPES, PRESETS, write_json
 from vitup_fast.bench.launches import CALLS, network_launches
-from vitup_fast.kernels.cuda import fills_waves
+from vitup_fast.kernels import cuda
 from vitup_fast.kernels.triton import common, tiles
 
 from vitup_fast import ViTUpConfig
@@ -107,6 +107,67 @@ def product_cost(name: str, values: dict[str, Any], machine: Machine, capability
     waves = -(-blocks // machine.multiprocessors) / tiles.resident(tile, itemsize, capability)
     title = f"{name} {K} -> {N}, {tile.rows} x {columns}" + " norm" * bool(values.get("OUT_NORM"))
     return Cost(title, 2.0 * M * N * K, traffic, memory, waves, max(seconds, memory / machine.copy))
+
+
+# The compiled product of csrc/cuda/linear_kernel.cuh: a thread block's tile, inner columns of a slot, slots that one
+# consumer leads the other by, and bytes of shared memory that a slot's copies write and its products read.
+COMPILED_ROWS, COMPILED_DEPTH, COMPILED_LEAD = cuda.LINEAR_ROWS // 2, 64, 2
+COMPILED_SHARED = (48 + 80) << 10
+# Instructions for a number at the end of a tile, as in tiles.py; counted in the code of sm_90a 7 to 15 are executed.
+EPILOGUE_INSTRUCTIONS = 16
+
+
+def runs_compiled(values: dict[str, Any], machine: Machine, capability: int) -> bool:
+    """Whether the compiled product takes what Triton's was recorded for; see ``kernels/cuda.py: fits_linear``."""
+    x, out, K, N = values["p_x"], values.get("p_out"), values["K"], values["N"]
+    if (
+        capability != 90
+        or out is None
+        or x.dtype != torch.bfloat16
+        or out.dtype != x.dtype
+        or values["OUT_NORM"]
+    ):
+        return False
+    return cuda.fits_linear_sizes(values["M"], N, K, machine.multiprocessors)
+
+
+def compiled_cost(values: dict[str, Any], machine: Machine) -> Cost:
+    """The compiled product: its matrix units, shared memory or traffic, and what of a tile's end nothing hides."""
+    M, K, N = values["M"], values["K"], values["N"]
+    columns, steps, clusters = cuda.LINEAR_COLUMNS, K // COMPILED_DEPTH, machine.multiprocessors // 2
+    residual = bool(values.get("RESIDUAL"))
+    area = COMPILED_ROWS * columns
+    # Cycles are those of the clock at which the matrix units reach their rate, 2048 multiply-adds in each.
+    clock = machine.matrix / machine.multiprocessors / 4096
+    slot = area * COMPILED_DEPTH / 2048 / clock
+    # A consumer's end of a tile runs behind the other's products of the slots that it lags by, alone at full rate.
+    end = area / 2 * EPILOGUE_INSTRUCTIONS / 128 / clock
+    matrix = steps * slot + max(0.0, end - COMPILED_LEAD * slot / 2)
+    shared = steps * COMPILED_SHARED / machine.shared / clock
+    # Rows, and half of the weights: the other thread block of the cluster brings the rest.
+    read = steps * (COMPILED_ROWS + columns / 2) * COMPILED_DEPTH * 2
+    traffic = read + area * 2 * (1 + residual)
+
+    def tile_seconds(busy: int) -> float:
+        share = min(machine.l2 / (2 * busy), tiles.MULTIPROCESSOR_L2)
+        return max(matrix, shared, traffic / share)
+
+    in_all = -(-M // cuda.LINEAR_ROWS) * (N // columns)
+    rounds, rest = divmod(in_all, clusters)
+    seconds = (
+        rounds * tile_seconds(clusters) + (tile_seconds(rest) if rest else 0.0) + end + tiles.START_SECONDS
+    )
+    sizes = (M * K * 2, M * N * 2, M * N * 2 * residual)
+    memory = beyond_cache(machine, *sizes)
+    title = f"linear_sm90 {K} -> {N}" + " + residual" * residual
+    return Cost(
+        title,
+        2.0 * M * N * K,
+        2 * in_all * traffic,
+        memory,
+        in_all / clusters,
+        max(seconds, memory / machine.copy),
+    )
 
 
 def attention_cost(name: str, values: dict[str, Any], machine: Machine, capability: int) -> Cost:
@@ -207,7 +268,7 @@ def with_one_kernel_mlps(
         before = values_of(found[-1]) if found and isinstance(found[-1], common.Launch) else {}
         gathers = "p_gamma_beta" in before and before["p_out"].data_ptr() == first["p_x"].data_ptr()
         quantised = fp8 and not gathers
-        if not is_mlp or not (quantised or fills_waves(first["M"], machine.multiprocessors)):
+        if not is_mlp or not (quantised or cuda.fills_waves(first["M"], machine.multiprocessors)):
             found.append(launch)
             continue
         waiting.pop(0)
@@ -266,12 +327,16 @@ def mlp_cost(mlp: OneKernelMLP, machine: Machine) -> Cost:
     return Cost(title, 4.0 * M * D * E, traffic, memory, waves, waves * tile / clock + tiles.START_SECONDS)
 
 
-def cost(launch: common.Launch | OneKernelMLP, machine: Machine, capability: int) -> Cost:
-    """What a launch of the forward pass costs."""
+def cost(
+    launch: common.Launch | OneKernelMLP, machine: Machine, capability: int, compiled: bool = False
+) -> Cost:
+    """What a launch of the forward pass costs, with ``compiled`` by the compiled product where that takes it."""
     if isinstance(launch, OneKernelMLP):
         return mlp_cost(launch, machine)
     name = launch.kernel.fn.__name__.removesuffix("_kernel")
     values = values_of(launch)
+    if compiled and name == "linear" and runs_compiled(values, machine, capability):
+        return compiled_cost(values, machine)
     if name in ("linear", "linear_argmax"):
         return product_cost(name, values, machine, capability)
     if name == "rope_cross_attention":
@@ -319,11 +384,12 @@ def predict(
     launches: Sequence[common.Launch | OneKernelMLP],
     machine: Machine = Machine(),
     capability: int = 90,
+    compiled: bool = False,
 ) -> Prediction:
-    """Predict a call from its launches."""
+    """Predict a call from its launches, with ``compiled`` as if the compiled product took what it can of them."""
     rows: dict[str, dict[str, Any]] = {}
     for launch in launches:
-        one = cost(launch, machine, capability)
+        one = cost(launch, machine, capability, compiled)
         row = rows.setdefault(
             one.kernel, asdict(one) | {"launches": 0, "seconds": 0.0, "flops": 0.0, "l2": 0.0, "memory": 0.0}
         )
@@ -357,6 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="the same with residual MLPs in 8 bits, as impl='cuda_fp8' has them",
     )
+    add("--compiled", action="store_true", help="with the compiled product for compute capability 9.0")
     add("--json", type=Path, metavar="PATH", help="write the figures to this file")
     for one in fields(Machine):
         add(f"--{one.name}", type=type(one.default), default=one.default, help=f"default: {one.default:g}")
@@ -373,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.one_kernel or options.fp8:
                 launches = with_one_kernel_mlps(launches, machine, options.fp8)
                 title += ", MLPs in one kernel" + ", residual ones in e4m3" * options.fp8
-            found.append(predict(title, launches, machine, options.sm))
+            found.append(predict(title, launches, machine, options.sm, options.compiled))
             print(found[-1].table() + "\n", flush=True)
     if options.json is not None:
         write_json(options.json, {"machine": asdict(machine), "predictions": [asdict(p) for p in found]})

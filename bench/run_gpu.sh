@@ -31,7 +31,7 @@ call=
 archive=
 chosen=()
 declare -A steps=(
-  [1]="environment:30 check:75 dense:55 profile:40 base:45 chunks:45 sparse:40 peaks:30 l2:50 hopper:40 hopper_film:30 fp8:30"
+  [1]="environment:30 check:75 dense:55 profile:40 base:45 chunks:45 sparse:40 peaks:30 l2:40 hopper:50 hopper_film:30 fp8:30"
   [2]="correctness:170 compiled:110 compiled_base:90 large:70 training:50 operations:40"
   [3]="memcheck:100 bits:40 racecheck:40 synccheck:40 kernels:40 check_compiled:50 tune:220"
 )
@@ -197,7 +197,7 @@ l2() {
 # Never run before: last, so that what hangs costs nothing else.
 hopper() {
   needs_extension hopper || return
-  timed hopper residual_mlp --preset "$splus" --queries "$queries" --no-compile --impl triton cuda
+  timed hopper residual_mlp --preset "$splus" "$base" --queries "$queries" --no-compile --impl triton cuda
 }
 hopper_film() {
   needs_extension hopper_film || return
@@ -223,7 +223,8 @@ memcheck() {
 bits() {
   needs_extension bits || return
   run bits "$python" -m pytest -p no:cacheprovider "$repository/tests/test_cuda_kernels.py" \
-    "$repository/tests/test_hopper_mlp.py" "$repository/tests/test_hopper_fp8.py" -k "gpu or launches"
+    "$repository/tests/test_hopper_mlp.py" "$repository/tests/test_hopper_fp8.py" \
+    "$repository/tests/test_hopper_linear.py" -k "gpu or launches"
 }
 racecheck() { needs_extension racecheck && sanitized racecheck racecheck cuda bilinear_sample film_mlp film_mlp_table; }
 synccheck() { needs_extension synccheck && sanitized synccheck synccheck cuda bilinear_sample film_mlp residual_mlp; }

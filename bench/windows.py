@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,22 +22,31 @@ from vitup_fast.bench.command import exit_code
 from vitup_fast.bench.end_to_end import by_definition, grid_coords, least_work, pieces
 from vitup_fast.bench.harness import (
     Case,
+    Report,
     Run,
     Work,
-    add_tokens,
+    finish,
+    fresh_start,
     make_parser,
+    measure,
     parse,
     refusals,
-    run_cases,
-    upsampler,
 )
 
 from vitup_fast import Upsampler, ViTUpConfig
 from vitup_fast.errors import expected
 from vitup_fast.network.backbone import Backbone
+from vitup_fast.sources import seeded_network
 from vitup_fast.tiling.work import Pixels, Source
 
 CLASSES = 8
+
+
+@functools.lru_cache(maxsize=1)
+def _model(config: ViTUpConfig, dtype: torch.dtype, device: torch.device) -> Upsampler:
+    """A network and its backbone with seeded random weights."""
+    network, backbone = seeded_network(config)
+    return Upsampler(network, backbone).eval().requires_grad_(False).to(device, dtype)
 
 
 def windows_case(
@@ -48,7 +59,6 @@ def windows_case(
     impls: Sequence[str] = ("torch",),
     refused: Mapping[str, str] | None = None,
     compiled: bool = True,
-    tokens: int | None = None,
 ) -> Case:
     """Set up batches of windows of the network's image size.
 
@@ -61,12 +71,11 @@ def windows_case(
         impls: implementations of this library to include.
         refused: implementations that shall not run, with the reason.
         compiled: include ``torch.compile`` of the definition.
-        tokens: along a window's side; None means as many as the network's image size has.
 
     Raises:
         InputError: no window, or a stride that does not divide it.
     """
-    model = upsampler(config, dtype, device, None if tokens is None else (tokens, tokens))
+    model = _model(config, dtype, device)
     window = model.hidden_layer_img_size[0]
     if batch < 1:
         raise expected("--batch", "positive integers", batch)
@@ -130,11 +139,11 @@ def windows_case(
     if compiled:
         providers["compiled"] = plain(model, torch.compile(by_definition, dynamic=False))
     providers |= {impl: by_library(impl) for impl in impls}
-    count = (window // model.backbone.patch_size) ** 2
+    tokens = (window // model.backbone.patch_size) ** 2
     D, depth = config.dim, max(config.layer_indices)
     blocks = sum(p.numel() for block in model.backbone.model.blocks[:depth] for p in block.parameters())
-    of_backbone = 2 * blocks * count + 4 * depth * count**2 * D
-    of_network = least_work(config, count, side**2, position_mlp=False).flops
+    of_backbone = 2 * blocks * tokens + 4 * depth * tokens**2 * D
+    of_network = least_work(config, tokens, side**2, position_mlp=False).flops
     parameters = sum(p.nbytes for p in model.parameters())
     double = copy.deepcopy(model).double()
     return Case(
@@ -150,8 +159,27 @@ def windows_case(
         dtype=dtype,
         detail={"GFLOP of the backbone": round(batch * of_backbone / 1e9, 1)},
         refused=dict(refused or {}),
-        cache_bytes=batch * (config.num_layers - 1) * 3 * count * D * dtype.itemsize,
+        cache_bytes=batch * (config.num_layers - 1) * 3 * tokens * D * dtype.itemsize,
     )
+
+
+def reports(options: argparse.Namespace) -> Iterator[Report]:
+    """Measure one batch after the other."""
+    for config in options.configs.values():
+        for dtype in options.dtype:
+            for batch in options.batch:
+                fresh_start()
+                case = windows_case(
+                    config,
+                    batch,
+                    options.stride,
+                    options.device,
+                    dtype,
+                    impls=options.impl,
+                    refused=refusals(options, "network", dtype, config.dim),
+                    compiled=options.compile,
+                )
+                yield measure(case, options.repeats, patience=options.seconds)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -170,28 +198,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.prog = prog or parser.prog
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4], help="windows at once (1 and 4)")
     parser.add_argument("--stride", type=int, default=8, help="pixels between the cells of a window (8)")
-    add_tokens(parser, None)
     options = parse(parser, argv)
     if options.backward:
         raise expected("--backward", "no windows", "windows", "Windows are not trained on.")
-    if options.tokens is not None and options.tokens[0] != options.tokens[1]:
-        raise expected("--tokens", "as many rows as columns, since windows are squares", options.tokens)
-
-    def cases(config: ViTUpConfig, dtype: torch.dtype) -> Iterator[Case]:
-        for batch in options.batch:
-            yield windows_case(
-                config,
-                batch,
-                options.stride,
-                options.device,
-                dtype,
-                impls=options.impl,
-                refused=refusals(options, "network", dtype, config.dim),
-                compiled=options.compile,
-                tokens=options.tokens and options.tokens[0],
-            )
-
-    return run_cases(options, cases)
+    return finish(reports(options), options)
 
 
 if __name__ == "__main__":

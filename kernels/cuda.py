@@ -40,6 +40,9 @@ RESIDUAL_MLP, FILM_MLP = "residual_mlp_sm90", "film_mlp_sm90"
 RESIDUAL_MLP_FP8 = "residual_mlp_fp8_sm90"
 # Most that an e4m3 number holds, what the kernel multiplies normalised rows by, and its hidden columns at a time.
 E4M3_MOST, NORMED_SCALE, FP8_CHUNK = 448.0, 16.0, 32
+LINEAR = "linear_sm90"
+# Rows that a cluster of the compiled product takes at once, and columns.
+LINEAR_ROWS, LINEAR_COLUMNS = 256, 256
 # Where compiled kernels were measured to be faster; `vitup_fast.bench.choose_compiled` writes it.
 FASTER = Path(__file__).parent / "configs" / "compiled.json"
 
@@ -93,10 +96,16 @@ def fits_one_kernel(operation: str, hidden: int, x: Tensor, *others: Tensor) -> 
         return False
     if x.shape[-1] != 384 or hidden % 64 or any(t.data_ptr() % 16 for t in (x, *others)):
         return False
-    if torch.cuda.get_device_capability(x.device) != (9, 0):
+    if not _on_hopper(x.device):
         return False
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return fills_waves(x.numel() // 384, processors) and "90a" in extension.load().cuda.architectures()
+    return fills_waves(x.numel() // 384, processors)
+
+
+def _on_hopper(device: torch.device) -> bool:
+    """Whether kernels for compute capability 9.0 alone can run on a GPU."""
+    capability = torch.cuda.get_device_capability(device)
+    return capability == (9, 0) and "90a" in extension.load().cuda.architectures()
 
 
 def residual_mlp(
@@ -202,6 +211,60 @@ def quantise_mlp(
         bias2.contiguous(),
         hidden_scale,
     )
+
+
+def fits_linear_sizes(M: int, N: int, K: int, multiprocessors: int) -> bool:
+    """Whether the compiled kernel takes a product ``[M, K] x [K, N]``, with a tile for each two multiprocessors.
+
+    K is a multiple of 64 from 192 on, N one of 256.
+    """
+    if K % 64 or K < 192 or N % LINEAR_COLUMNS:
+        return False
+    tiles = -(-M // LINEAR_ROWS) * (N // LINEAR_COLUMNS)
+    return tiles >= multiprocessors // 2
+
+
+def fits_linear(
+    operation: str,
+    x: Tensor,  # [M, K]
+    columns: int,
+    out_dtype: torch.dtype,
+    multiprocessors: int,
+    *others: Tensor | None,
+) -> bool:
+    """Whether a product of rows with so many results is for the compiled kernel.
+
+    That is where its operation runs compiled, in bfloat16, on compute capability 9.0, in sizes of
+    :func:`fits_linear_sizes`, ``x`` and ``others`` aligned. What does not fit is left to Triton's kernel.
+    """
+    if operation not in _chosen.get() or not x.is_cuda or x.dtype != torch.bfloat16 or out_dtype != x.dtype:
+        return False
+    if not fits_linear_sizes(x.shape[0], columns, x.shape[1], multiprocessors):
+        return False
+    if any(t is not None and t.data_ptr() % 16 for t in (x, *others)):
+        return False
+    return _on_hopper(x.device)
+
+
+def linear(
+    x: Tensor,  # [M, K]
+    layer: tuple[Tensor, Tensor, Tensor],  # [N, K], [N], [N]
+    moments: Tensor | None,  # [M, parts, 2]
+    gelu: bool,
+    residual: Tensor | None,  # [M, N]
+    out: Tensor,  # [M, N]
+    out_moments: Tensor | None,  # [M, N / 256, 2]
+) -> None:
+    """``residual + gelu(W LN(x) + b)`` in one kernel, weight, bias and sums over the weight's rows as folded.
+
+    A residual goes without LayerNorm and GELU, and moments of the result with a residual.
+
+    Raises:
+        KernelError: CUDA refuses the launch, or the kernel its arguments; names the kernel and its sizes.
+    """
+    (M, K), N = x.shape, layer[0].shape[0]
+    parts = 0 if moments is None else moments.shape[1]
+    _call(LINEAR, x, (x, *layer, moments, residual, out, out_moments), (M, N, K, parts, gelu))
 
 
 @cache

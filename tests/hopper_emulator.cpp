@@ -82,6 +82,7 @@ struct Product {
   int lanes = 0;
   bool e4m3;
   std::uint32_t columns;
+  bool accumulate;
   float* sums[32];
   const std::uint32_t* left_registers[32];
   std::uint64_t left, right;
@@ -104,7 +105,8 @@ struct Fiber {
   Warp* warp;
   bool done = false, fenced = false;
   int clusters_met = 0;
-  std::uint64_t issued = 0, committed = 0, warp_met = 0, group_met = 0;
+  std::uint64_t issued = 0, warp_met = 0, group_met = 0;
+  std::vector<std::uint64_t> committed;  // products issued when each group was closed
   std::vector<std::uint32_t> stored;
   std::vector<std::int64_t> waits;  // per barrier: phases completed that the next wait asks for; -1 before the first
 };
@@ -389,6 +391,7 @@ inline Pair load_shared_pair(const float* p) { return {{p[0], p[1]}}; }
 inline float load_float(const float* from) { return *from; }
 inline Pair load_pair(const float* from) { return {{from[0], from[1]}}; }
 inline void store_pair(float* to, const Pair& pair) { to[0] = pair.of[0], to[1] = pair.of[1]; }
+inline void load_16_bytes(const void* from, std::uint32_t (&words)[4]) { std::memcpy(words, from, 16); }
 inline void store_16_bytes(void* to, const std::uint32_t (&words)[4]) { std::memcpy(to, words, 16); }
 
 inline std::uint32_t to_bfloat16(float value) {
@@ -427,6 +430,7 @@ inline float tanh_approx(float x) {
 }
 
 inline float reciprocal_sqrt(float x) { return 1.0f / std::sqrt(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
 
 // 32 bytes of rows of an operand in shared memory: 16 bfloat16 or 32 e4m3 numbers each.
 inline void read_operand(
@@ -521,7 +525,7 @@ inline void execute(Warp& warp) {
       for (int k = 0; k < 16; ++k) transposed[k][n] = bfloat16_of(&right[n][2 * k]);
     for (std::uint32_t row = 0; row < 16; ++row) {
       double sums[256];
-      for (std::uint32_t n = 0; n < p.columns; ++n) sums[n] = place(row, n);
+      for (std::uint32_t n = 0; n < p.columns; ++n) sums[n] = p.accumulate ? place(row, n) : 0;
       for (int k = 0; k < 16; ++k)
         for (std::uint32_t n = 0; n < p.columns; ++n)
           sums[n] += double{bfloat16_of(&left[row][2 * k])} * transposed[k][n];
@@ -537,14 +541,15 @@ inline void execute(Warp& warp) {
 }
 
 inline void issue(std::uint32_t columns, float* sums, const std::uint32_t* left_registers, std::uint64_t left,
-    std::uint64_t right, bool e4m3 = false) {
+    std::uint64_t right, bool e4m3 = false, bool accumulate = true) {
   Fiber& me = machine->me();
   Warp& warp = *me.warp;
   if (!me.fenced) fail("a product without wgmma_fence");
   const std::uint64_t index = me.issued++ - warp.executed;
-  if (index == warp.products.size()) warp.products.push_back({0, e4m3, columns, {}, {}, left, right});
+  if (index == warp.products.size()) warp.products.push_back({0, e4m3, columns, accumulate, {}, {}, left, right});
   Product& p = warp.products.at(index);
-  if (p.e4m3 != e4m3 || p.columns != columns || p.left != left || p.right != right) fail("lanes disagree about a product");
+  if (p.e4m3 != e4m3 || p.columns != columns || p.accumulate != accumulate || p.left != left || p.right != right)
+    fail("lanes disagree about a product");
   p.sums[me.thread % 32] = sums;
   p.left_registers[me.thread % 32] = left_registers;
   if (++p.lanes < 32) return;
@@ -559,12 +564,15 @@ inline void wgmma_fence() {
   meet(machine->me().warp->aligned, 32);
   machine->me().fenced = true;
 }
-inline void wgmma_commit() { machine->me().committed = machine->me().issued; }
-inline void wgmma_wait() {
+inline void wgmma_commit() { machine->me().committed.push_back(machine->me().issued); }
+template <int PENDING = 0>
+void wgmma_wait() {
   Fiber& me = machine->me();
-  if (me.committed != me.issued) fail("a wait for products that were not committed");
+  const std::size_t groups = me.committed.size(), pending = PENDING + (PENDING > 0 && machine->fault == "pending");
+  if (groups == 0 || me.committed.back() != me.issued) fail("a wait for products that were not committed");
+  const std::uint64_t awaited = groups > pending ? me.committed[groups - 1 - pending] : 0;
   perhaps_yield();
-  while (me.warp->executed < me.committed) {
+  while (me.warp->executed < awaited) {
     if (me.warp->products.front().lanes == 32) {
       execute(*me.warp);
     } else {
@@ -585,9 +593,13 @@ inline void wgmma_64x32_e4m3(float (&c)[16], std::uint64_t a, std::uint64_t b) {
 inline void wgmma_64x128_e4m3(float (&c)[64], const std::uint32_t (&a)[4], std::uint64_t b) {
   issue(128, c, a, 0, b, true);
 }
+inline void wgmma_64x256(float (&c)[128], std::uint64_t a, std::uint64_t b, bool accumulate) {
+  issue(256, c, nullptr, a, b, false, accumulate);
+}
 
 }  // namespace vitup::hopper
 
+#include "linear_kernel.cuh"
 #include "residual_mlp_fp8_kernel.cuh"
 #include "residual_mlp_kernel.cuh"
 
@@ -621,6 +633,7 @@ void run_cluster(const Run& run, std::uint32_t cluster, std::uint32_t threads, c
   m->fault = run.fault;
   m->copy_chance = std::vector{0.5, 0.05, 0.002}[m->random() % 3];
   m->eager_chance = std::vector{0.0, 0.3, 1.0}[m->random() % 3];
+  if (m->fault == "pending") m->eager_chance = 0;  // products that run at once hide it
   for (Block& block : m->blocks) {
     block.shared = static_cast<unsigned char*>(std::aligned_alloc(1024, sizeof(Shared)));
     std::memset(block.shared, 0xff, sizeof(Shared));
@@ -789,6 +802,44 @@ void residual_mlp_fp8(std::ifstream& in, std::ofstream& out, const Run& run, con
   write(out, moments);
 }
 
+template <class Around>
+void linear_with(const vitup::linear::Arguments& arguments, const Run& run) {
+  namespace linear = vitup::linear;
+  for (std::uint32_t cluster = 0; cluster < run.clusters; ++cluster)
+    run_cluster<linear::Shared>(run, cluster, linear::THREADS,
+        [&](linear::Shared& shared, const Place& at) { linear::run_thread<Around>(arguments, shared, at); });
+}
+
+// linear ... ROWS COLUMNS INNER PARTS GELU RESIDUAL MOMENTS
+//   PARTS 0: no LayerNorm; RESIDUAL 0: none, 1: added, 2: in the memory of the results; MOMENTS: whether they are wanted
+//   IN   x [ROWS, INNER], W [COLUMNS, INNER], residual [ROWS, COLUMNS] as bfloat16, moments of x [ROWS, PARTS, 2],
+//        b and sums over the rows of W [COLUMNS] as float32
+//   OUT  results [ROWS + GUARD, COLUMNS] as bfloat16, their moments [ROWS + GUARD, COLUMNS / 256, 2] as float32
+void linear(std::ifstream& in, std::ofstream& out, const Run& run, const std::vector<std::uint32_t>& sizes) {
+  using namespace vitup::linear;
+  const std::uint32_t rows = sizes.at(0), columns = sizes.at(1), inner = sizes.at(2), parts = sizes.at(3);
+  const bool norm = parts > 0, gelu = sizes.at(4), residual = sizes.at(5) > 0, in_place = sizes.at(5) == 2;
+  const auto x = read<std::uint16_t>(in, std::size_t{rows} * inner);
+  const auto weight = read<std::uint16_t>(in, std::size_t{columns} * inner);
+  const auto added = read<std::uint16_t>(in, std::size_t{rows} * columns);
+  const auto moments = read<float>(in, std::size_t{rows} * parts * 2);
+  const auto bias = read<float>(in, columns), row_sum = read<float>(in, columns);
+  std::vector<std::uint16_t> results(std::size_t{rows + GUARD} * columns, 0xffff);
+  std::vector<float> out_moments(std::size_t{rows + GUARD} * (columns / COLUMNS) * 2, NAN);
+  if (in_place) std::copy(added.begin(), added.end(), results.begin());
+  const Arguments arguments{{x.data(), rows, inner, BLOCK_ROWS, DEPTH},
+      {weight.data(), columns, inner, COLUMNS / CLUSTER, DEPTH}, bias.data(), row_sum.data(), moments.data(),
+      in_place ? results.data() : added.data(), results.data(), sizes.at(6) ? out_moments.data() : nullptr, rows,
+      columns, inner, parts};
+  if (residual) linear_with<Residual>(arguments, run);
+  if (!residual && norm && gelu) linear_with<NormGelu>(arguments, run);
+  if (!residual && norm && !gelu) linear_with<Norm>(arguments, run);
+  if (!residual && !norm && gelu) linear_with<Gelu>(arguments, run);
+  if (!residual && !norm && !gelu) linear_with<Plain>(arguments, run);
+  write(out, results);
+  write(out, out_moments);
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -802,5 +853,6 @@ int main(int count, char** words) {
   if (kernel == "residual_mlp") return residual_mlp(in, out, run, sizes, false), 0;
   if (kernel == "film_mlp") return residual_mlp(in, out, run, sizes, true), 0;
   if (kernel == "residual_mlp_fp8") return residual_mlp_fp8(in, out, run, sizes), 0;
+  if (kernel == "linear") return linear(in, out, run, sizes), 0;
   return 2;
 }

@@ -26,6 +26,7 @@ from vitup_fast.kernels.cuda import compiled_kernels, launch_compiled
 from vitup_fast.kernels.triton import common
 from vitup_fast.kernels.triton.bilinear_sample import backward, sample, sample_moments
 from vitup_fast.kernels.triton.film_mlp import FilmBuffers, Modulation, film_mlp, modulate
+from vitup_fast.kernels.triton.linear import fold, linear
 from vitup_fast.kernels.triton.residual_mlp import fold_mlp, residual_mlp
 
 from vitup_fast import extension
@@ -527,6 +528,111 @@ def test_where_mlps_run_in_one_kernel(fake_gpu, operation):
     assert not fits(hidden=96)
     assert not fits(data_ptr=lambda: 258)
     assert not fits(other=520)
+    fake_gpu.architectures = lambda: ["80", "100a"]
+    assert not fits()
+
+
+@pytest.fixture
+def given_linear(monkeypatch):
+    """What the product for compute capability 9.0 is given, wherever it would run: the calls."""
+    calls = []
+
+    class Host:
+        types = extension.load().host.types
+        linear_sm90 = staticmethod(lambda *args: calls.append(args))
+
+    monkeypatch.setattr(extension, "load", lambda: SimpleNamespace(host=Host))
+    monkeypatch.setattr(compiled, "fits_linear", lambda *args: True)
+    return calls
+
+
+def test_linear_in_one_kernel(given_linear):
+    """Rows, folded weights, moments of three tiles of 256 results; the residual is also the result's memory."""
+    bf16, f32 = (extension.load().host.types.index(name) for name in ("bfloat16", "float32"))
+    x, state, memory = torch.empty(5, 3072).bfloat16(), torch.empty(9, 768).bfloat16(), torch.empty(99)
+    layer = fold(torch.ones(768, 3072).bfloat16(), torch.ones(768).bfloat16())
+    result, moments = linear(x, layer, residual=state[:5], out=state, out_moments=memory, want_moments=True)
+    kinds = (bf16, bf16, f32, f32)
+    given = [(t.data_ptr(), kind) for t, kind in zip((x, *layer), kinds, strict=True)]
+    own = (state.data_ptr(), bf16)
+    assert given_linear == [(*given, None, own, own, (memory.data_ptr(), f32), 5, 768, 3072, 0, False, 0, 0)]
+    assert (result.shape, result.data_ptr()) == ((5, 768), state.data_ptr())
+    assert (moments.shape, moments.data_ptr()) == ((5, 3, 2), memory.data_ptr())
+
+
+def test_linear_before_gelu_in_one_kernel(given_linear):
+    bf16, f32 = (extension.load().host.types.index(name) for name in ("bfloat16", "float32"))
+    x, before = torch.empty(5, 768).bfloat16(), torch.empty(5, 3, 2)
+    layer = fold(torch.ones(3072, 768).bfloat16(), torch.ones(3072).bfloat16())
+    result, moments = linear(x, layer, before, gelu=True)
+    (call,) = given_linear
+    assert call[4:8] == ((before.data_ptr(), f32), None, (result.data_ptr(), bf16), None)
+    assert call[8:13] == (5, 3072, 768, 3, True)
+    assert moments is None
+
+
+def test_layer_norm_of_a_compiled_product(given_linear):
+    """It takes a pass of its own, which reads what the product wrote, adds the residual and measures."""
+    x, scratch, state = (torch.empty(5, n).bfloat16() for n in (1536, 768, 768))
+    layer, norm = fold(torch.ones(768, 1536).bfloat16(), torch.ones(768).bfloat16()), (torch.ones(768),) * 2
+    with common.recorded_launches(("", 90)) as launches:
+        result, moments = linear(
+            x, layer, out_norm=norm, residual=state, out=state, scratch=scratch, want_moments=True
+        )
+    (call,), (launch,) = given_linear, launches
+    assert call[4:6] == (None, None)
+    assert call[6][0] == scratch.data_ptr()
+    assert call[7] is None
+    assert launch.kernel is common.add_layer_norm_kernel
+    y, _, _, residual, out, out_moments = launch.arguments[:6]
+    assert [t.data_ptr() for t in (y, residual, out)] == [t.data_ptr() for t in (scratch, state, state)]
+    assert result.data_ptr() == state.data_ptr()
+    assert moments is out_moments
+    assert moments.shape == (5, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gelu": True, "residual": torch.empty(5, 256).bfloat16()},
+        {"moments": torch.empty(5, 1, 2), "residual": torch.empty(5, 256).bfloat16()},
+        {"want_moments": True},
+    ],
+)
+def test_what_the_compiled_product_lacks(given_linear, options):
+    """Triton's has all that stands around a product at once."""
+    layer = fold(torch.ones(256, 256).bfloat16(), torch.ones(256).bfloat16())
+    with common.recorded_launches(("", 90)) as launches:
+        linear(torch.empty(5, 256).bfloat16(), layer, **options)
+    assert len(launches) == 1
+    assert not given_linear
+
+
+def test_where_products_run_compiled(fake_gpu):
+    aligned = SimpleNamespace(data_ptr=lambda: 512)
+
+    def fits(operations=("norm_linear",), columns=768, out_dtype=torch.bfloat16, other=aligned, **changes):
+        facts = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (16_896, 768), "device": None}
+        facts |= {"data_ptr": lambda: 256, **changes}
+        with compiled_kernels(operations):
+            return compiled.fits_linear(
+                "norm_linear", SimpleNamespace(**facts), columns, out_dtype, 132, None, other
+            )
+
+    assert fits()
+    assert fits(operations=implementations.COMPILED)
+    assert not fits(operations=("residual_mlp",))
+    assert not fits(is_cuda=False)
+    assert not fits(dtype=torch.float16)
+    assert not fits(out_dtype=torch.float32)
+    assert not fits(columns=384)
+    assert not fits(shape=(16_896, 800))
+    assert not fits(shape=(16_896, 128))
+    assert not fits(data_ptr=lambda: 264)
+    assert not fits(other=SimpleNamespace(data_ptr=lambda: 264))
+    # A tile for each of 66 clusters, or Triton's narrower ones.
+    assert fits(shape=(21 * 256 + 1, 768))
+    assert not fits(shape=(21 * 256, 768))
     fake_gpu.architectures = lambda: ["80", "100a"]
     assert not fits()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ if "triton" not in FAST_IMPLS:
     pytest.skip("Triton cannot be used here", allow_module_level=True)
 
 from vitup_fast.bench import correctness, end_to_end, launches, model
+from vitup_fast.kernels import cuda as compiled
 from vitup_fast.kernels.triton import tiles
 from vitup_fast.kernels.triton.common import TYPICAL_MULTIPROCESSORS
 
@@ -271,6 +273,30 @@ def test_mlps_in_one_kernel_by_the_model(config, recorded):
     film = next(m for m in mlps if m.film is not None)
     scattered = film._replace(film=torch.arange(film.rows))
     assert model.mlp_cost(scattered, model.Machine()).seconds > model.mlp_cost(film, model.Machine()).seconds
+
+
+def test_the_model_of_the_compiled_product(config, recorded):
+    """The same products, in less time, but no faster than matrix units are and traffic allows."""
+    triton = model.predict("", recorded["dense 448"])
+    mixed = model.predict("", recorded["dense 448"], compiled=True)
+    assert (mixed.flops, mixed.launches) == (pytest.approx(triton.flops), triton.launches)
+    assert mixed.seconds < triton.seconds
+    machine, own = model.Machine(), [k for k in mixed.kernels if k["kernel"].startswith("linear_sm90")]
+    assert own
+    for kernel in own:
+        assert kernel["seconds"] > kernel["flops"] / machine.matrix
+        assert kernel["seconds"] > kernel["l2"] / machine.l2
+    elsewhere = model.predict("", recorded["dense 448"], capability=100, compiled=True)
+    assert not [k for k in elsewhere.kernels if k["kernel"].startswith("linear_sm90")]
+
+
+def test_the_model_knows_the_compiled_product():
+    """Its constants are those of the source."""
+    source = (Path(__file__).parent.parent / "csrc" / "cuda" / "linear_kernel.cuh").read_text()
+    text = dict(re.findall(r"(\w+) = (\d+)[,;]", source))
+    rows, depth, lead, columns = (int(text[name]) for name in ("ROWS", "DEPTH", "LEAD", "COLUMNS"))
+    assert (2 * rows, depth, lead) == (model.COMPILED_ROWS, model.COMPILED_DEPTH, model.COMPILED_LEAD)
+    assert (4 * rows, columns) == (compiled.LINEAR_ROWS, compiled.LINEAR_COLUMNS)
 
 
 def test_smaller_chunks_are_slower_by_the_model(config):

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "device.h"
+#include "linear.h"
 #include "residual_mlp.h"
 #include "residual_mlp_fp8.h"
 
@@ -126,4 +127,28 @@ void bind_cuda(pybind11::module_ m) {
         run(arguments, reinterpret_cast<cudaStream_t>(stream));
       },
       "residual_mlp_fp8.h tells what the arguments are.");
+  m.def(
+      "linear_sm90",
+      [](const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& row_sum,
+          const std::optional<Tensor>& moments, const std::optional<Tensor>& residual, const Tensor& out,
+          const std::optional<Tensor>& out_moments, std::int64_t rows, std::int64_t columns, std::int64_t inner,
+          std::int64_t parts, bool gelu, int device, std::uintptr_t stream) {
+        const Checks checks{LinearSm90::NAME};
+        checks.type("x", x, Type::bfloat16);
+        checks.type("weight", weight, Type::bfloat16);
+        checks.type("bias", bias, Type::float32);
+        checks.type("row_sum", row_sum, Type::float32);
+        if (moments) checks.type("moments", *moments, Type::float32);
+        if (residual) checks.type("residual", *residual, Type::bfloat16);
+        checks.type("out", out, Type::bfloat16);
+        if (out_moments) checks.type("out_moments", *out_moments, Type::float32);
+        const auto optional = [](const std::optional<Tensor>& tensor) { return tensor ? address(*tensor) : nullptr; };
+        const LinearSm90 arguments{address(x), address(weight), address(bias), address(row_sum), optional(moments),
+            optional(residual), address(out), optional(out_moments), rows, columns, inner, parts, gelu};
+        check_arguments(arguments);
+        const pybind11::gil_scoped_release release;
+        const CurrentDevice current(device);
+        run(arguments, reinterpret_cast<cudaStream_t>(stream));
+      },
+      "linear.h tells what the arguments are.");
 }

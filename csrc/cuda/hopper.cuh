@@ -160,6 +160,11 @@ VITUP_DEVICE void store_pair(float* to, const Pair& pair) {
   *reinterpret_cast<float2*>(to) = make_float2(pair.of[0], pair.of[1]);
 }
 
+VITUP_DEVICE void load_16_bytes(const void* from, std::uint32_t (&words)[4]) {
+  const uint4 loaded = *static_cast<const uint4*>(from);
+  words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
+}
+
 VITUP_DEVICE void store_16_bytes(void* to, const std::uint32_t (&words)[4]) {
   *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
 }
@@ -200,14 +205,19 @@ VITUP_DEVICE float tanh_approx(float x) {  // relative error 2^-11
 
 VITUP_DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
 
+VITUP_DEVICE float reciprocal(float x) { return __fdividef(1.0f, x); }  // to the last bit but one
+
 // Orders accesses to registers before the products that follow.
 VITUP_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // Closes a group of products.
 VITUP_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Wait until all groups are complete.
-VITUP_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Wait until all groups but the last PENDING are complete.
+template <int PENDING = 0>
+VITUP_DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
 
 // For the sums of a product, before it and after wgmma_wait: no use of them moves past this.
 template <int COUNT>
@@ -271,6 +281,27 @@ VITUP_DEVICE void wgmma_64x128_e4m3(float (&c)[64], const std::uint32_t (&a)[4],
       "{%64, %65, %66, %67}, %68, 1, 1, 1;"
       : VITUP_FLOATS_32(c, 0), VITUP_FLOATS_32(c, 32)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// c [64, 256] = a [64, 16] b [256, 16]^T, both in shared memory; added to what c held if `accumulate`.
+VITUP_DEVICE void wgmma_64x256(float (&c)[128], std::uint64_t a, std::uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred accumulate;\n"
+      "setp.ne.b32 accumulate, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "%128, %129, accumulate, 1, 1, 0, 0;\n"
+      "}"
+      : VITUP_FLOATS_32(c, 0), VITUP_FLOATS_32(c, 32), VITUP_FLOATS_32(c, 64), VITUP_FLOATS_32(c, 96)
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
 }
 
 #undef VITUP_FLOATS_32

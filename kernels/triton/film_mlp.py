@@ -344,7 +344,9 @@ def film_mlp(
         cuda.film_mlp(x, tokens, *source, weights, out_norm, out, out_moments)
         return out, out_moments
     modulated, moments = modulate(x, tokens, modulation, buffers.modulated, buffers.modulated_moments)
-    hidden, _ = linear(modulated, layers.first, moments, gelu=True, out=buffers.hidden)  # [M, E]
+    hidden, _ = linear(
+        modulated, layers.first, moments, gelu=True, out=buffers.hidden, operation="film_mlp"
+    )  # [M, E]
     return linear(
         hidden,
         layers.second,
@@ -354,6 +356,7 @@ def film_mlp(
         out_moments=buffers.out_moments,
         scratch=buffers.local,
         want_moments=want_moments,
+        operation="film_mlp",
     )
 
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import cuda
 from . import tiles
 from .common import (
     EPS,
@@ -417,6 +418,7 @@ def linear(
     out: Tensor | None = None,
     out_moments: Tensor | None = None,
     scratch: Tensor | None = None,
+    operation: str = "norm_linear",
 ) -> tuple[Tensor, Tensor | None]:
     """Compute ``residual + LN'(gelu(W LN(x) + b))`` and the row moments of the result.
 
@@ -432,6 +434,7 @@ def linear(
         out: buffer of at least M N numbers for the result; may be the residual.
         out_moments: buffer for the moments.
         scratch: buffer of at least M N numbers for rows that LN' takes in a pass of its own.
+        operation: the operation that it is part of, whose compiled kernels may be wanted.
 
     Returns:
         Rows ``[M, N]`` and their moments ``[M, parts, 2]``.
@@ -439,14 +442,27 @@ def linear(
     (M, K), N = x.shape, layer.weight.shape[0]
     whole_rows = out_norm is not None or residual is not None or want_moments
     out_dtype = x.dtype if out_dtype is None else out_dtype
+    apart = out_norm is not None
+    added, measured = (None, False) if apart else (residual, want_moments)
+    # Around a residual the compiled kernel adds nothing but moments, which it writes with one alone.
+    possible = (moments is None and not gelu) if added is not None else not measured
+    buffer, dtype = (scratch, x.dtype) if apart else (out, out_dtype)
+    if possible and cuda.fits_linear(operation, x, N, dtype, multiprocessors(x.device), added, buffer):
+        y, new_moments = in_buffer(buffer, (M, N), dtype, x), None
+        if measured:
+            new_moments = in_buffer(out_moments, (M, N // cuda.LINEAR_COLUMNS, 2), wide(x.dtype), x)
+        cuda.linear(x, layer, moments, gelu, added, y, new_moments)
+        if apart:
+            return _add_layer_norm(y, out_norm, residual, out_dtype, want_moments, out, out_moments)
+        return y, new_moments
     variant, blocks, columns = _linear_blocks(x, N, whole_rows, out_dtype.itemsize, out_norm is not None)
     complete = columns == 1
     norm_apart = out_norm is not None and not complete
     acc = wide(x.dtype)
     y = in_buffer(scratch, (M, N), x.dtype, x) if norm_apart else in_buffer(out, (M, N), out_dtype, x)
     new_moments = None
-    if want_moments:
-        new_moments = in_buffer(out_moments, (M, 1 if norm_apart else columns, 2), acc, x)
+    if want_moments and not norm_apart:
+        new_moments = in_buffer(out_moments, (M, columns, 2), acc, x)
     norm_weight, norm_bias = (layer.bias, layer.bias) if out_norm is None else out_norm
     # In the epilogue wide tiles of the residual would not fit the registers; but it must not cost float32 digits.
     only_adds = residual is not None and moments is None and not gelu and out_norm is None
@@ -472,7 +488,7 @@ def linear(
         OUT_NORM=out_norm is not None and complete,
         RESIDUAL=residual is not None and not norm_apart,
         RESIDUAL_FIRST=only_adds and x.dtype.itemsize == 2,
-        OUT_MOMENTS=want_moments and not norm_apart,
+        OUT_MOMENTS=new_moments is not None,
         ACC=accumulator(x.dtype),
         PRECISION=dot_precision(x.dtype),
         variant=variant,
@@ -480,24 +496,38 @@ def linear(
     )
     if not norm_apart:
         return y, new_moments
-    result = in_buffer(out, (M, N), out_dtype, x)
-    rows = row_blocks(x, N)
+    return _add_layer_norm(y, out_norm, residual, out_dtype, want_moments, out, out_moments)
+
+
+def _add_layer_norm(
+    y: Tensor,  # [M, N]
+    out_norm: tuple[Tensor, Tensor],  # [N], [N]
+    residual: Tensor | None,  # [M, N]
+    out_dtype: torch.dtype,
+    want_moments: bool,
+    out: Tensor | None,
+    out_moments: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """``residual + LN'(y)`` and the moments of its rows in a pass of its own, in buffers as for :func:`linear`."""
+    M, N = y.shape
+    result = in_buffer(out, (M, N), out_dtype, y)
+    moments = in_buffer(out_moments, (M, 1, 2), wide(y.dtype), y) if want_moments else None
+    rows = row_blocks(y, N)
     launch(
         add_layer_norm_kernel,
         (triton.cdiv(M, rows["BLOCK_M"]),),
         y,
-        norm_weight,
-        norm_bias,
+        *out_norm,
         residual,
         result,
-        y if new_moments is None else new_moments,
+        y if moments is None else moments,
         M,
         D=N,
         STORE_MOMENTS=want_moments,
         variant="rows",
         **rows,
     )
-    return result, new_moments
+    return result, moments
 
 
 def linear_argmax(

@@ -53,9 +53,10 @@ def residual_mlp(
         else:
             cuda.residual_mlp(x, (*layers.first[:2], *layers.second[:2]), result, new_moments)
         return result, new_moments
-    hidden, _ = linear(x, layers.first, moments, gelu=True, out=hidden)  # [M, E]
+    part = {"operation": "residual_mlp"}
+    hidden, _ = linear(x, layers.first, moments, gelu=True, out=hidden, **part)  # [M, E]
     return linear(
-        hidden, layers.second, residual=x, out=out, out_moments=out_moments, want_moments=want_moments
+        hidden, layers.second, residual=x, out=out, out_moments=out_moments, want_moments=want_moments, **part
     )
 
 

@@ -66,8 +66,8 @@ def implementations() -> list[Implementation]:
 NAMES = ("triton", "cuda", "cuda_fp8", "cpu", "cpu_int8", "torch", "reference")
 # Those that launch kernels on a GPU.
 GPU_NAMES = ("triton", "cuda", "cuda_fp8")
-# Operations with compiled CUDA kernels.
-COMPILED = ("bilinear_sample", "residual_mlp", "film_mlp")
+# Operations with compiled CUDA kernels; norm_linear is also all products that belong to no other.
+COMPILED = ("bilinear_sample", "residual_mlp", "film_mlp", "norm_linear")
 # Where the kernel with 8-bit products runs, and the width that it is written for.
 FP8_CAPABILITY, FP8_ARCHITECTURE, FP8_WIDTH = (9, 0), "90a", 384
 OLDEST_TRITON = (3, 6)
