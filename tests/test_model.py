@@ -569,6 +569,22 @@ def test_memory_stays_within_the_budget(dtype, megabytes, blocks, impl):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", CPU_IMPLS)
+def test_grids_with_a_head_stay_within_the_budget(dtype, impl):
+    """Narrow answers leave no room that tables of relative positions could be made in unnoticed."""
+    config = ViTUpConfig(dim=384, num_heads=6, layer_indices=(0, 1, 2))
+    generator = torch.Generator().manual_seed(0)
+    network = random_network(config, generator, dtype=dtype)
+    head = torch.randn(5, 384, generator=generator), None
+    with torch.no_grad():
+        cache = network.prepare(*random_image(config, generator, token_grid=(5, 6), patch_grid=(10, 12)))
+        network(cache, random_coords(generator, 1, 1), impl=impl)  # packs the weights
+    for budget in (560_000, 1_000_000) if dtype == torch.float32 else (700_000, 4_000_000):
+        options = {"head": head, "labels": True, "impl": impl, "max_memory": budget}
+        assert peak_memory(lambda options=options: network.dense(cache, (40, 40), **options)) <= budget
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", CPU_IMPLS)
 def test_adaptive_maps_stay_within_the_budget(dtype, impl):
     config = ViTUpConfig(dim=192, num_heads=3, layer_indices=(0, 1))
     generator = torch.Generator().manual_seed(0)

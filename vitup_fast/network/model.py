@@ -271,7 +271,11 @@ class ViTUp(nn.Module):
             raise _not_adaptive(tolerance)
         walk = choose_walk(settings)
         # A chunk's table has at most half as many rows as the chunk queries, and so has a shared one on a budget.
-        table_bytes = len(self.vit_up_blocks) * self.config.dim * wide.itemsize
+        # One of them is made at a time, of position codes and through a hidden layer.
+        code_width = 2 + 4 * self.rel_pos_enc.freqs.shape[0]
+        table_bytes = (
+            len(self.vit_up_blocks) * self.config.dim + self.config.dim + code_width
+        ) * wide.itemsize
         # It comes from a wide copy of a block's position weights, for which a small budget has no room.
         positions = [block.position for block in weights.blocks]
         copy_bytes = 0 if self.dtype == wide else sum(t.numel() for t in positions[0]) * wide.itemsize
