@@ -504,5 +504,7 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, arguments, message):
 def test_settings_are_printed(capsys):
     from vitup_fast.cli import main
 
-    assert main(["train", "--preset", "tiny", "-o", "x", "--settings", "--set", "steps=5"]) == 0
+    assert main(["train", "--preset", "tiny", "--settings", "--set", "steps=5"]) == 0
     assert "steps: 5\n" in capsys.readouterr().out
+    assert main(["train", "--preset", "tiny"]) == 2
+    assert "--output: expected a folder for the run" in capsys.readouterr().err

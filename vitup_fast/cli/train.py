@@ -21,7 +21,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="train a network on pictures",
         epilog="Several GPUs or machines: torchrun --nproc-per-node N -m vitup_fast.cli train ...",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the run")
+    parser.add_argument("-o", "--output", type=Path, help="folder of the run")
     parser.add_argument(
         "--preset", default="dinov2_small", choices=sorted(TRAINING_PRESETS), help="settings to begin with"
     )
@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         plain = {n: list(v) if isinstance(v, tuple) else v for n, v in dataclasses.asdict(config).items()}
         print(yaml.safe_dump(plain, sort_keys=False), end="")
         return 0
+    if args.output is None:
+        raise expected("--output", "a folder for the run", None)
     require("tqdm", "train", "showing progress")
     require("PIL.Image", "train", "reading pictures")
     training = Run(
