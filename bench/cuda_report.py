@@ -64,8 +64,11 @@ EXPECTATIONS: Mapping[str, Expectation] = {
     r"residual_mlp_fp8_sm90_kernel": Expectation(
         384, ("QGMMA", "UTMALDG"), dynamic_shared=225280, only=("90a",)
     ),
-    r"linear_sm90_kernel<": Expectation(
+    r"linear_sm90_kernel<\w+<256": Expectation(
         384, ("HGMMA.64x256x16", "UTMALDG.2D.MULTICAST"), dynamic_shared=197632, only=("90a",)
+    ),
+    r"linear_sm90_kernel<\w+<192": Expectation(
+        384, ("HGMMA.64x192x16", "UTMALDG.2D.MULTICAST"), dynamic_shared=205824, only=("90a",)
     ),
     r"residual_mlp_sm90_kernel": Expectation(384, ("HGMMA", "UTMALDG"), dynamic_shared=222208, only=("90a",)),
     r"film_mlp_sm90_kernel": Expectation(

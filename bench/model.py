@@ -109,41 +109,35 @@ def product_cost(name: str, values: dict[str, Any], machine: Machine, capability
     return Cost(title, 2.0 * M * N * K, traffic, memory, waves, max(seconds, memory / machine.copy))
 
 
-# The compiled product of csrc/cuda/linear_kernel.cuh: a thread block's tile, inner columns of a slot, slots that one
-# consumer leads the other by, and bytes of shared memory that a slot's copies write and its products read.
-COMPILED_ROWS, COMPILED_DEPTH, COMPILED_LEAD = cuda.LINEAR_ROWS // 2, 64, 2
-COMPILED_SHARED = (48 + 80) << 10
+# The compiled product of csrc/cuda/linear_kernel.cuh: rows of a thread block's tile, inner columns of a slot, and slots
+# that one consumer leads the other by in tiles of so many columns.
+COMPILED_ROWS, COMPILED_DEPTH, COMPILED_LEAD = cuda.LINEAR_ROWS // 2, 64, {256: 2, 192: 3}
 # Instructions for a number at the end of a tile, as in tiles.py; counted in the code of sm_90a 7 to 15 are executed.
 EPILOGUE_INSTRUCTIONS = 16
 
 
-def runs_compiled(values: dict[str, Any], machine: Machine, capability: int) -> bool:
-    """Whether the compiled product takes what Triton's was recorded for; see ``kernels/cuda.py: fits_linear``."""
-    x, out, K, N = values["p_x"], values.get("p_out"), values["K"], values["N"]
-    if (
-        capability != 90
-        or out is None
-        or x.dtype != torch.bfloat16
-        or out.dtype != x.dtype
-        or values["OUT_NORM"]
-    ):
-        return False
-    return cuda.fits_linear_sizes(values["M"], N, K, machine.multiprocessors)
+def compiled_columns(values: dict[str, Any], machine: Machine, capability: int) -> int | None:
+    """Columns of the tiles in which the compiled product takes what Triton's was recorded for, or None."""
+    x, out = values["p_x"], values["p_out"]
+    if capability != 90 or x.dtype != torch.bfloat16 or out.dtype != x.dtype or values["OUT_NORM"]:
+        return None
+    return cuda.linear_columns(values["M"], values["N"], values["K"], machine.multiprocessors)
 
 
-def compiled_cost(values: dict[str, Any], machine: Machine) -> Cost:
+def compiled_cost(values: dict[str, Any], columns: int, machine: Machine) -> Cost:
     """The compiled product: its matrix units, shared memory or traffic, and what of a tile's end nothing hides."""
     M, K, N = values["M"], values["K"], values["N"]
-    columns, steps, clusters = cuda.LINEAR_COLUMNS, K // COMPILED_DEPTH, machine.multiprocessors // 2
-    residual = bool(values.get("RESIDUAL"))
+    steps, clusters = K // COMPILED_DEPTH, machine.multiprocessors // 2
+    residual = bool(values["RESIDUAL"])
     area = COMPILED_ROWS * columns
     # Cycles are those of the clock at which the matrix units reach their rate, 2048 multiply-adds in each.
     clock = machine.matrix / machine.multiprocessors / 4096
     slot = area * COMPILED_DEPTH / 2048 / clock
     # A consumer's end of a tile runs behind the other's products of the slots that it lags by, alone at full rate.
     end = area / 2 * EPILOGUE_INSTRUCTIONS / 128 / clock
-    matrix = steps * slot + max(0.0, end - COMPILED_LEAD * slot / 2)
-    shared = steps * COMPILED_SHARED / machine.shared / clock
+    matrix = steps * slot + max(0.0, end - COMPILED_LEAD[columns] * slot / 2)
+    # Copies write rows and weights, products read the rows, and the weights for each consumer.
+    shared = steps * (2 * COMPILED_ROWS + 3 * columns) * COMPILED_DEPTH * 2 / machine.shared / clock
     # Rows, and half of the weights: the other thread block of the cluster brings the rest.
     read = steps * (COMPILED_ROWS + columns / 2) * COMPILED_DEPTH * 2
     traffic = read + area * 2 * (1 + residual)
@@ -157,9 +151,8 @@ def compiled_cost(values: dict[str, Any], machine: Machine) -> Cost:
     seconds = (
         rounds * tile_seconds(clusters) + (tile_seconds(rest) if rest else 0.0) + end + tiles.START_SECONDS
     )
-    sizes = (M * K * 2, M * N * 2, M * N * 2 * residual)
-    memory = beyond_cache(machine, *sizes)
-    title = f"linear_sm90 {K} -> {N}" + " + residual" * residual
+    memory = beyond_cache(machine, M * K * 2, M * N * 2, M * N * 2 * residual)
+    title = f"linear_sm90 {K} -> {N}, {COMPILED_ROWS} x {columns}" + " + residual" * residual
     return Cost(
         title,
         2.0 * M * N * K,
@@ -335,8 +328,9 @@ def cost(
         return mlp_cost(launch, machine)
     name = launch.kernel.fn.__name__.removesuffix("_kernel")
     values = values_of(launch)
-    if compiled and name == "linear" and runs_compiled(values, machine, capability):
-        return compiled_cost(values, machine)
+    columns = compiled_columns(values, machine, capability) if compiled and name == "linear" else None
+    if columns is not None:
+        return compiled_cost(values, columns, machine)
     if name in ("linear", "linear_argmax"):
         return product_cost(name, values, machine, capability)
     if name == "rope_cross_attention":

@@ -42,7 +42,7 @@ RESIDUAL_MLP_FP8 = "residual_mlp_fp8_sm90"
 E4M3_MOST, NORMED_SCALE, FP8_CHUNK = 448.0, 16.0, 32
 LINEAR = "linear_sm90"
 # Rows that a cluster of the compiled product takes at once, and columns.
-LINEAR_ROWS, LINEAR_COLUMNS = 256, 256
+LINEAR_ROWS, LINEAR_COLUMNS = 256, (256, 192)
 # Where compiled kernels were measured to be faster; `vitup_fast.bench.choose_compiled` writes it.
 FASTER = Path(__file__).parent / "configs" / "compiled.json"
 
@@ -213,58 +213,64 @@ def quantise_mlp(
     )
 
 
-def fits_linear_sizes(M: int, N: int, K: int, multiprocessors: int) -> bool:
-    """Whether the compiled kernel takes a product ``[M, K] x [K, N]``, with a tile for each two multiprocessors.
+def linear_columns(M: int, N: int, K: int, multiprocessors: int) -> int | None:
+    """Columns of the tiles in which the compiled kernel takes a product ``[M, K] x [K, N]``, or None if it does not.
 
-    K is a multiple of 64 from 192 on, N one of 256.
+    K is a multiple of 64 from 192 on. Of the widths that divide N it is that whose busiest cluster reads least, if
+    there are tiles for two thirds of the places that clusters of two multiprocessors have.
     """
-    if K % 64 or K < 192 or N % LINEAR_COLUMNS:
-        return False
-    tiles = -(-M // LINEAR_ROWS) * (N // LINEAR_COLUMNS)
-    return tiles >= multiprocessors // 2
+    clusters, rows = multiprocessors // 2, -(-M // LINEAR_ROWS)
+    widths = [columns for columns in LINEAR_COLUMNS if N % columns == 0]
+    if K % 64 or K < 192 or not widths or not clusters:
+        return None
+
+    def rounds(columns: int) -> int:
+        return -(-rows * (N // columns) // clusters)
+
+    best = min(widths, key=lambda columns: rounds(columns) * (LINEAR_ROWS + columns))
+    return best if 3 * rows * (N // best) >= 2 * rounds(best) * clusters else None
 
 
 def fits_linear(
     operation: str,
     x: Tensor,  # [M, K]
-    columns: int,
+    N: int,
     out_dtype: torch.dtype,
     multiprocessors: int,
     *others: Tensor | None,
-) -> bool:
-    """Whether a product of rows with so many results is for the compiled kernel.
+) -> int | None:
+    """Columns of the tiles in which the compiled kernel takes a product of rows with N results, or None.
 
-    That is where its operation runs compiled, in bfloat16, on compute capability 9.0, in sizes of
-    :func:`fits_linear_sizes`, ``x`` and ``others`` aligned. What does not fit is left to Triton's kernel.
+    It does where its operation runs compiled, in bfloat16, on compute capability 9.0, in sizes of
+    :func:`linear_columns`, ``x`` and ``others`` aligned. What does not fit is left to Triton's kernel.
     """
     if operation not in _chosen.get() or not x.is_cuda or x.dtype != torch.bfloat16 or out_dtype != x.dtype:
-        return False
-    if not fits_linear_sizes(x.shape[0], columns, x.shape[1], multiprocessors):
-        return False
-    if any(t is not None and t.data_ptr() % 16 for t in (x, *others)):
-        return False
-    return _on_hopper(x.device)
+        return None
+    if any(t is not None and t.data_ptr() % 16 for t in (x, *others)) or not _on_hopper(x.device):
+        return None
+    return linear_columns(x.shape[0], N, x.shape[1], multiprocessors)
 
 
 def linear(
     x: Tensor,  # [M, K]
     layer: tuple[Tensor, Tensor, Tensor],  # [N, K], [N], [N]
+    columns: int,
     moments: Tensor | None,  # [M, parts, 2]
     gelu: bool,
     residual: Tensor | None,  # [M, N]
     out: Tensor,  # [M, N]
-    out_moments: Tensor | None,  # [M, N / 256, 2]
+    out_moments: Tensor | None,  # [M, N / columns, 2]
 ) -> None:
     """``residual + gelu(W LN(x) + b)`` in one kernel, weight, bias and sums over the weight's rows as folded.
 
-    A residual goes without LayerNorm and GELU, and moments of the result with a residual.
+    Tiles have 256 or 192 ``columns``. A residual goes without LayerNorm and GELU, moments of the result with one alone.
 
     Raises:
         KernelError: CUDA refuses the launch, or the kernel its arguments; names the kernel and its sizes.
     """
     (M, K), N = x.shape, layer[0].shape[0]
     parts = 0 if moments is None else moments.shape[1]
-    _call(LINEAR, x, (x, *layer, moments, residual, out, out_moments), (M, N, K, parts, gelu))
+    _call(LINEAR, x, (x, *layer, moments, residual, out, out_moments), (M, N, K, parts, columns, gelu))
 
 
 @cache

@@ -593,8 +593,9 @@ inline void wgmma_64x32_e4m3(float (&c)[16], std::uint64_t a, std::uint64_t b) {
 inline void wgmma_64x128_e4m3(float (&c)[64], const std::uint32_t (&a)[4], std::uint64_t b) {
   issue(128, c, a, 0, b, true);
 }
-inline void wgmma_64x256(float (&c)[128], std::uint64_t a, std::uint64_t b, bool accumulate) {
-  issue(256, c, nullptr, a, b, false, accumulate);
+template <int COUNT>
+void wgmma_64_rows(float (&c)[COUNT], std::uint64_t a, std::uint64_t b, bool accumulate) {
+  issue(2 * COUNT, c, nullptr, a, b, false, accumulate);
 }
 
 }  // namespace vitup::hopper
@@ -802,22 +803,33 @@ void residual_mlp_fp8(std::ifstream& in, std::ofstream& out, const Run& run, con
   write(out, moments);
 }
 
-template <class Around>
-void linear_with(const vitup::linear::Arguments& arguments, const Run& run) {
+template <class Kind>
+void linear_of_kind(const vitup::linear::Arguments& arguments, const Run& run) {
   namespace linear = vitup::linear;
+  using Shared = linear::Shared<Kind>;
   for (std::uint32_t cluster = 0; cluster < run.clusters; ++cluster)
-    run_cluster<linear::Shared>(run, cluster, linear::THREADS,
-        [&](linear::Shared& shared, const Place& at) { linear::run_thread<Around>(arguments, shared, at); });
+    run_cluster<Shared>(run, cluster, linear::THREADS,
+        [&](Shared& shared, const Place& at) { linear::run_thread<Kind>(arguments, shared, at); });
 }
 
-// linear ... ROWS COLUMNS INNER PARTS GELU RESIDUAL MOMENTS
+template <std::uint32_t COLUMNS>
+void linear_of_width(const vitup::linear::Arguments& arguments, bool norm, bool gelu, bool residual, const Run& run) {
+  using namespace vitup::linear;
+  if (residual) return linear_of_kind<Residual<COLUMNS>>(arguments, run);
+  if (norm) return gelu ? linear_of_kind<NormGelu<COLUMNS>>(arguments, run) : linear_of_kind<Norm<COLUMNS>>(arguments, run);
+  return gelu ? linear_of_kind<Gelu<COLUMNS>>(arguments, run) : linear_of_kind<Plain<COLUMNS>>(arguments, run);
+}
+
+// linear ... ROWS COLUMNS INNER PARTS GELU RESIDUAL MOMENTS TILE_COLUMNS
 //   PARTS 0: no LayerNorm; RESIDUAL 0: none, 1: added, 2: in the memory of the results; MOMENTS: whether they are wanted
 //   IN   x [ROWS, INNER], W [COLUMNS, INNER], residual [ROWS, COLUMNS] as bfloat16, moments of x [ROWS, PARTS, 2],
 //        b and sums over the rows of W [COLUMNS] as float32
-//   OUT  results [ROWS + GUARD, COLUMNS] as bfloat16, their moments [ROWS + GUARD, COLUMNS / 256, 2] as float32
+//   OUT  results [ROWS + GUARD, COLUMNS] as bfloat16, their moments [ROWS + GUARD, COLUMNS / TILE_COLUMNS, 2]
+//        as float32
 void linear(std::ifstream& in, std::ofstream& out, const Run& run, const std::vector<std::uint32_t>& sizes) {
   using namespace vitup::linear;
   const std::uint32_t rows = sizes.at(0), columns = sizes.at(1), inner = sizes.at(2), parts = sizes.at(3);
+  const std::uint32_t tile_columns = sizes.at(7);
   const bool norm = parts > 0, gelu = sizes.at(4), residual = sizes.at(5) > 0, in_place = sizes.at(5) == 2;
   const auto x = read<std::uint16_t>(in, std::size_t{rows} * inner);
   const auto weight = read<std::uint16_t>(in, std::size_t{columns} * inner);
@@ -825,17 +837,14 @@ void linear(std::ifstream& in, std::ofstream& out, const Run& run, const std::ve
   const auto moments = read<float>(in, std::size_t{rows} * parts * 2);
   const auto bias = read<float>(in, columns), row_sum = read<float>(in, columns);
   std::vector<std::uint16_t> results(std::size_t{rows + GUARD} * columns, 0xffff);
-  std::vector<float> out_moments(std::size_t{rows + GUARD} * (columns / COLUMNS) * 2, NAN);
+  std::vector<float> out_moments(std::size_t{rows + GUARD} * (columns / tile_columns) * 2, NAN);
   if (in_place) std::copy(added.begin(), added.end(), results.begin());
   const Arguments arguments{{x.data(), rows, inner, BLOCK_ROWS, DEPTH},
-      {weight.data(), columns, inner, COLUMNS / CLUSTER, DEPTH}, bias.data(), row_sum.data(), moments.data(),
+      {weight.data(), columns, inner, tile_columns / CLUSTER, DEPTH}, bias.data(), row_sum.data(), moments.data(),
       in_place ? results.data() : added.data(), results.data(), sizes.at(6) ? out_moments.data() : nullptr, rows,
       columns, inner, parts};
-  if (residual) linear_with<Residual>(arguments, run);
-  if (!residual && norm && gelu) linear_with<NormGelu>(arguments, run);
-  if (!residual && norm && !gelu) linear_with<Norm>(arguments, run);
-  if (!residual && !norm && gelu) linear_with<Gelu>(arguments, run);
-  if (!residual && !norm && !gelu) linear_with<Plain>(arguments, run);
+  if (tile_columns == 256) linear_of_width<256>(arguments, norm, gelu, residual, run);
+  if (tile_columns == 192) linear_of_width<192>(arguments, norm, gelu, residual, run);
   write(out, results);
   write(out, out_moments);
 }

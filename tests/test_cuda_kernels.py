@@ -542,7 +542,7 @@ def given_linear(monkeypatch):
         linear_sm90 = staticmethod(lambda *args: calls.append(args))
 
     monkeypatch.setattr(extension, "load", lambda: SimpleNamespace(host=Host))
-    monkeypatch.setattr(compiled, "fits_linear", lambda *args: True)
+    monkeypatch.setattr(compiled, "fits_linear", lambda *args: 256)
     return calls
 
 
@@ -555,7 +555,9 @@ def test_linear_in_one_kernel(given_linear):
     kinds = (bf16, bf16, f32, f32)
     given = [(t.data_ptr(), kind) for t, kind in zip((x, *layer), kinds, strict=True)]
     own = (state.data_ptr(), bf16)
-    assert given_linear == [(*given, None, own, own, (memory.data_ptr(), f32), 5, 768, 3072, 0, False, 0, 0)]
+    assert given_linear == [
+        (*given, None, own, own, (memory.data_ptr(), f32), 5, 768, 3072, 0, 256, False, 0, 0)
+    ]
     assert (result.shape, result.data_ptr()) == ((5, 768), state.data_ptr())
     assert (moments.shape, moments.data_ptr()) == ((5, 3, 2), memory.data_ptr())
 
@@ -567,7 +569,7 @@ def test_linear_before_gelu_in_one_kernel(given_linear):
     result, moments = linear(x, layer, before, gelu=True)
     (call,) = given_linear
     assert call[4:8] == ((before.data_ptr(), f32), None, (result.data_ptr(), bf16), None)
-    assert call[8:13] == (5, 3072, 768, 3, True)
+    assert call[8:14] == (5, 3072, 768, 3, 256, True)
     assert moments is None
 
 
@@ -611,30 +613,46 @@ def test_what_the_compiled_product_lacks(given_linear, options):
 def test_where_products_run_compiled(fake_gpu):
     aligned = SimpleNamespace(data_ptr=lambda: 512)
 
-    def fits(operations=("norm_linear",), columns=768, out_dtype=torch.bfloat16, other=aligned, **changes):
-        facts = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (16_896, 768), "device": None}
+    def fits(operations=("norm_linear",), N=3072, out_dtype=torch.bfloat16, other=aligned, **changes):
+        facts = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (8448, 768), "device": None}
         facts |= {"data_ptr": lambda: 256, **changes}
         with compiled_kernels(operations):
             return compiled.fits_linear(
-                "norm_linear", SimpleNamespace(**facts), columns, out_dtype, 132, None, other
+                "norm_linear", SimpleNamespace(**facts), N, out_dtype, 132, None, other
             )
 
-    assert fits()
-    assert fits(operations=implementations.COMPILED)
-    assert not fits(operations=("residual_mlp",))
-    assert not fits(is_cuda=False)
-    assert not fits(dtype=torch.float16)
-    assert not fits(out_dtype=torch.float32)
-    assert not fits(columns=384)
-    assert not fits(shape=(16_896, 800))
-    assert not fits(shape=(16_896, 128))
-    assert not fits(data_ptr=lambda: 264)
-    assert not fits(other=SimpleNamespace(data_ptr=lambda: 264))
-    # A tile for each of 66 clusters, or Triton's narrower ones.
-    assert fits(shape=(21 * 256 + 1, 768))
-    assert not fits(shape=(21 * 256, 768))
+    assert fits() == 256
+    assert fits(operations=implementations.COMPILED) == 256
+    assert fits(operations=("residual_mlp",)) is None
+    assert fits(is_cuda=False) is None
+    assert fits(dtype=torch.float16) is None
+    assert fits(out_dtype=torch.float32) is None
+    assert fits(N=320) is None
+    assert fits(shape=(8448, 800)) is None
+    assert fits(shape=(8448, 128)) is None
+    assert fits(data_ptr=lambda: 264) is None
+    assert fits(other=SimpleNamespace(data_ptr=lambda: 264)) is None
     fake_gpu.architectures = lambda: ["80", "100a"]
-    assert not fits()
+    assert fits() is None
+
+
+# Of tiles of 256 rows for 66 clusters: the width whose rounds are full, and none where most clusters would idle.
+@pytest.mark.parametrize(
+    ("M", "N", "columns"),
+    [
+        (8448, 3072, 256),  # 6 rounds of 66 tiles, or 8
+        (8448, 768, 192),  # a round and a half, or 2 rounds
+        (16_896, 768, 256),  # 3 rounds or 4
+        (16_896, 384, 192),
+        (4096, 768, 192),
+        (4096, 384, None),
+        (1, 3072, None),
+        (1 << 20, 1024, 256),
+    ],
+)
+def test_tiles_of_compiled_products(M, N, columns):
+    assert compiled.linear_columns(M, N, 768, 132) == columns
+    assert compiled.linear_columns(M, N, 768, 1) is None
 
 
 # Whether code for an architecture runs on GPUs of compute capability 8.6, 9.0, 10.0, 10.3, 12.1.

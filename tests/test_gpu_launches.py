@@ -294,9 +294,13 @@ def test_the_model_knows_the_compiled_product():
     """Its constants are those of the source."""
     source = (Path(__file__).parent.parent / "csrc" / "cuda" / "linear_kernel.cuh").read_text()
     text = dict(re.findall(r"(\w+) = (\d+)[,;]", source))
-    rows, depth, lead, columns = (int(text[name]) for name in ("ROWS", "DEPTH", "LEAD", "COLUMNS"))
-    assert (2 * rows, depth, lead) == (model.COMPILED_ROWS, model.COMPILED_DEPTH, model.COMPILED_LEAD)
-    assert (4 * rows, columns) == (compiled.LINEAR_ROWS, compiled.LINEAR_COLUMNS)
+    rows, depth, behind = (int(text[name]) for name in ("ROWS", "DEPTH", "BEHIND_LEAD"))
+    assert (2 * rows, 4 * rows, depth) == (model.COMPILED_ROWS, compiled.LINEAR_ROWS, model.COMPILED_DEPTH)
+    slots = dict(
+        zip((256, 192), map(int, re.search(r"COLUMNS == 256 \? (\d) : (\d)", source).groups()), strict=True)
+    )
+    assert {n: s - behind for n, s in slots.items()} == model.COMPILED_LEAD
+    assert {*compiled.LINEAR_COLUMNS} == {*slots}
 
 
 def test_smaller_chunks_are_slower_by_the_model(config):

@@ -21,7 +21,7 @@ from vitup_fast.kernels.triton.linear import Folded, fold, linear
 from vitup_fast import extension
 from vitup_fast.testing import assert_within_budget
 
-COLUMNS, GUARD = 256, 300  # of a tile; rows behind the results
+GUARD = 300  # rows behind the results
 
 
 class Around(NamedTuple):
@@ -72,24 +72,26 @@ class Layer:
         return y + residual if self.around.residual else y
 
     def check(self, results, moments):
-        """Hold results and moments of them against the definition."""
+        """Hold results and moments of their parts against the definition."""
         exact = self.definition(torch.float64)
-        assert_within_budget(results, self.definition(torch.bfloat16), exact)
+        # Of a plain product eager PyTorch rounds as often as the kernel, and one row's error is a matter of chance.
+        factor = 1.1 if self.around == PLAIN or len(self.x) == 1 else 1.0
+        assert_within_budget(results, self.definition(torch.bfloat16), exact, factor=factor)
         if not self.around.moments:
             return
-        split = exact.view(len(exact), -1, COLUMNS)
+        split = exact.view(*moments.shape[:2], -1)
         error = (moments[..., 0] - split.mean(2)).abs() / split.std(2)
         assert error.max() < 5e-3
         squares = (split - split.mean(2, keepdim=True)).square().sum(2)
         torch.testing.assert_close(moments[..., 1].double(), squares, rtol=1e-2, atol=0)
 
 
-def emulate(emulator, layer, *, clusters=1, seed=0, fault="none"):
-    """Results and moments of the kernel, and what it did to memory beyond them."""
+def emulate(emulator, layer, *, columns=256, clusters=1, seed=0, fault="none"):
+    """Results and moments of the kernel in tiles of some columns, and what it did to memory beyond them."""
     (M, K), N, around, folded = layer.x.shape, len(layer.weight), layer.around, layer.folded()
     given = row_moments(layer.x, around.parts) if around.parts else torch.empty(0)
     tensors = (layer.x, folded.weight, layer.residual, given, folded.bias, folded.row_sum)
-    sizes = (M, N, K, around.parts, int(around.gelu), around.residual, int(around.moments))
+    sizes = (M, N, K, around.parts, int(around.gelu), around.residual, int(around.moments), columns)
     written, error = emulator("linear", tensors, sizes, clusters, seed, fault)
     if error is not None:
         return SimpleNamespace(error=error)
@@ -102,21 +104,26 @@ def emulate(emulator, layer, *, clusters=1, seed=0, fault="none"):
 
 # Rows: one, a tile's, one more, a last tile that only the first thread block sees; one tile a cluster and several.
 @pytest.mark.parametrize(
-    ("M", "N", "K", "around", "clusters"),
+    ("M", "N", "K", "around", "columns", "clusters"),
     [
-        (1, 256, 192, NORM, 1),
-        (256, 256, 192, PLAIN, 1),
-        (257, 256, 256, NORM_GELU._replace(parts=4), 1),
-        (300, 768, 384, NORM_GELU, 2),
-        (65, 512, 320, GELU, 1),
-        (700, 256, 192, ADDED, 2),
-        (300, 512, 1024, IN_PLACE, 2),
-        (300, 512, 192, NORM, 1),
+        (1, 256, 192, NORM, 256, 1),
+        (256, 256, 192, PLAIN, 256, 1),
+        (257, 256, 256, NORM_GELU._replace(parts=4), 256, 1),
+        (300, 768, 384, NORM_GELU, 256, 2),
+        (65, 512, 320, GELU, 256, 1),
+        (700, 256, 192, ADDED, 256, 2),
+        (300, 512, 512, IN_PLACE, 256, 2),
+        (300, 384, 192, NORM, 192, 1),
+        (257, 192, 320, PLAIN, 192, 1),
+        (65, 384, 384, NORM_GELU, 192, 2),
+        (100, 192, 192, GELU, 192, 1),
+        (300, 384, 512, IN_PLACE, 192, 2),
+        (1, 192, 192, ADDED, 192, 1),
     ],
 )
-def test_against_float64(emulator, M, N, K, around, clusters):
+def test_against_float64(emulator, M, N, K, around, columns, clusters):
     layer = Layer(M, N, K, around)
-    emulated = emulate(emulator, layer, clusters=clusters, seed=M)
+    emulated = emulate(emulator, layer, columns=columns, clusters=clusters, seed=M)
     assert emulated.error is None
     assert emulated.untouched
     layer.check(emulated.results, emulated.moments)
@@ -130,10 +137,11 @@ def test_rows_whose_mean_dwarfs_their_deviation(emulator, around):
     layer.check(emulated.results, emulated.moments)
 
 
-def test_schedules(emulator):
+@pytest.mark.parametrize("columns", [256, 192])
+def test_schedules(emulator, columns):
     """Whatever comes first, the results are the same."""
-    layer = Layer(300, 512, 192, IN_PLACE)
-    runs = [emulate(emulator, layer, seed=seed) for seed in range(6)]
+    layer = Layer(300, 2 * columns, 256, IN_PLACE)
+    runs = [emulate(emulator, layer, columns=columns, seed=seed) for seed in range(4)]
     assert [r.error for r in runs] == [None] * len(runs)
     assert all(torch.equal(r.results, runs[0].results) for r in runs)
     assert all(torch.equal(r.moments, runs[0].moments) for r in runs)
@@ -149,9 +157,9 @@ def test_mistakes_show(emulator, fault):
 def test_registers(ptxas_output):
     output = ptxas_output("linear.cu")
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", output)
-    assert frames == [("0", "0")] * 5
+    assert frames == [("0", "0")] * 10
     # What 384 threads may have at the start; consumers then take what producers give.
-    assert re.findall(r"Used (\d+) registers", output) == ["168"] * 5
+    assert re.findall(r"Used (\d+) registers", output) == ["168"] * 10
 
 
 def test_products_are_not_serialised(ptxas_output):
@@ -172,7 +180,7 @@ def arguments(**changed):
         "out": (512, half),
         "out_moments": None,
     }
-    call |= {"rows": 5, "columns": 512, "inner": 768, "parts": 1, "gelu": False}
+    call |= {"rows": 5, "columns": 768, "inner": 768, "parts": 1, "tile_columns": 256, "gelu": False}
     return [*(call | changed).values(), 0, 0]
 
 
@@ -181,6 +189,8 @@ def arguments(**changed):
     ("changed", "message"),
     [
         ({"columns": 384}, "expected a positive multiple of 256 results"),
+        ({"columns": 256, "tile_columns": 192}, "expected a positive multiple of 192 results"),
+        ({"tile_columns": 128}, "expected tiles of 256 or 192 columns, not 128"),
         ({"inner": 800}, "expected rows of a multiple of 64 numbers, at least 192"),
         ({"inner": 128}, "expected rows of a multiple of 64 numbers, at least 192"),
         ({"rows": -1}, "expected no negative number of rows"),
@@ -205,9 +215,10 @@ def on_a_gpu(layer):
     around, folded = layer.around, Folded(*(t.cuda() for t in layer.folded()))
     x, residual = layer.x.cuda(), layer.residual.cuda()
     given = row_moments(layer.x, around.parts).cuda() if around.parts else None
-    (M, _), N = x.shape, len(layer.weight)
+    (M, K), N = x.shape, len(layer.weight)
+    columns = compiled.linear_columns(M, N, K, 132)
     results = torch.full((M + GUARD, N), torch.nan, dtype=x.dtype, device="cuda")
-    moments = torch.full((M + GUARD, N // COLUMNS, 2), torch.nan, device="cuda")
+    moments = torch.full((M + GUARD, N // columns, 2), torch.nan, device="cuda")
     if around.residual == 2:
         results[:M] = residual
         residual = results[:M]
@@ -234,7 +245,9 @@ def on_a_gpu(layer):
     reason="needs a GPU and the compiled CUDA kernels",
 )
 @pytest.mark.parametrize("around", [PLAIN, GELU, NORM, NORM_GELU, ADDED, IN_PLACE])
-@pytest.mark.parametrize(("M", "N", "K"), [(16_895, 256, 192), (8447, 768, 3072), (20_001, 3072, 768)])
+@pytest.mark.parametrize(
+    ("M", "N", "K"), [(16_895, 256, 192), (8447, 768, 3072), (20_001, 3072, 768), (16_000, 384, 384)]
+)
 def test_on_a_gpu(M, N, K, around):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs compute capability 9.0")

@@ -132,7 +132,7 @@ void bind_cuda(pybind11::module_ m) {
       [](const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& row_sum,
           const std::optional<Tensor>& moments, const std::optional<Tensor>& residual, const Tensor& out,
           const std::optional<Tensor>& out_moments, std::int64_t rows, std::int64_t columns, std::int64_t inner,
-          std::int64_t parts, bool gelu, int device, std::uintptr_t stream) {
+          std::int64_t parts, std::int64_t tile_columns, bool gelu, int device, std::uintptr_t stream) {
         const Checks checks{LinearSm90::NAME};
         checks.type("x", x, Type::bfloat16);
         checks.type("weight", weight, Type::bfloat16);
@@ -144,7 +144,7 @@ void bind_cuda(pybind11::module_ m) {
         if (out_moments) checks.type("out_moments", *out_moments, Type::float32);
         const auto optional = [](const std::optional<Tensor>& tensor) { return tensor ? address(*tensor) : nullptr; };
         const LinearSm90 arguments{address(x), address(weight), address(bias), address(row_sum), optional(moments),
-            optional(residual), address(out), optional(out_moments), rows, columns, inner, parts, gelu};
+            optional(residual), address(out), optional(out_moments), rows, columns, inner, parts, tile_columns, gelu};
         check_arguments(arguments);
         const pybind11::gil_scoped_release release;
         const CurrentDevice current(device);

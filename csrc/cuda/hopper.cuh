@@ -283,8 +283,25 @@ VITUP_DEVICE void wgmma_64x128_e4m3(float (&c)[64], const std::uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// c [64, 256] = a [64, 16] b [256, 16]^T, both in shared memory; added to what c held if `accumulate`.
-VITUP_DEVICE void wgmma_64x256(float (&c)[128], std::uint64_t a, std::uint64_t b, bool accumulate) {
+// c [64, N] = a [64, 16] b [N, 16]^T, both in shared memory, N = 192 or 256; added to what c held if `accumulate`.
+VITUP_DEVICE void wgmma_64_rows(float (&c)[96], std::uint64_t a, std::uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred accumulate;\n"
+      "setp.ne.b32 accumulate, %98, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
+      "%96, %97, accumulate, 1, 1, 0, 0;\n"
+      "}"
+      : VITUP_FLOATS_32(c, 0), VITUP_FLOATS_32(c, 32), VITUP_FLOATS_32(c, 64)
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+}
+VITUP_DEVICE void wgmma_64_rows(float (&c)[128], std::uint64_t a, std::uint64_t b, bool accumulate) {
   asm volatile(
       "{\n"
       ".reg .pred accumulate;\n"

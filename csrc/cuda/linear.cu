@@ -14,23 +14,32 @@ namespace {
 
 using namespace linear;
 
-template <class Around>
+template <class Kind>
 __global__ void __launch_bounds__(HAS_HOPPER_CODE ? THREADS : 32, 1)
     linear_sm90_kernel(const __grid_constant__ Arguments arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) unsigned char memory[];
   if (hopper::shared_address(memory) % 1024 != 0) __trap();  // swizzles count on it
-  run_thread<Around>(arguments, *reinterpret_cast<Shared*>(memory),
+  run_thread<Kind>(arguments, *reinterpret_cast<Shared<Kind>*>(memory),
       {threadIdx.x, blockIdx.x % CLUSTER, blockIdx.x / CLUSTER, gridDim.x / CLUSTER});
 #endif
 }
 
-using Kernel = void (*)(Arguments);
+struct Choice {
+  void (*kernel)(Arguments);
+  std::size_t shared_bytes;
+};
 
-Kernel kernel_for(const LinearSm90& a) {
-  if (a.residual != nullptr) return linear_sm90_kernel<Residual>;
-  if (a.moments == nullptr) return a.gelu ? linear_sm90_kernel<Gelu> : linear_sm90_kernel<Plain>;
-  return a.gelu ? linear_sm90_kernel<NormGelu> : linear_sm90_kernel<Norm>;
+template <class Kind>
+Choice of_kind() {
+  return {linear_sm90_kernel<Kind>, sizeof(Shared<Kind>)};
+}
+
+template <std::uint32_t COLUMNS>
+Choice choose(const LinearSm90& a) {
+  if (a.residual != nullptr) return of_kind<Residual<COLUMNS>>();
+  if (a.moments != nullptr) return a.gelu ? of_kind<NormGelu<COLUMNS>>() : of_kind<Norm<COLUMNS>>();
+  return a.gelu ? of_kind<Gelu<COLUMNS>>() : of_kind<Plain<COLUMNS>>();
 }
 
 std::string description(const LinearSm90& a) {
@@ -48,8 +57,9 @@ void check_arguments(const LinearSm90& a) {
   if (a.rows < 0) fail("no negative number of rows");
   if (a.inner < LEAST_INNER || a.inner % DEPTH != 0 || a.inner > MOST)
     fail("rows of a multiple of " + std::to_string(DEPTH) + " numbers, at least " + std::to_string(LEAST_INNER));
-  if (a.columns <= 0 || a.columns % COLUMNS != 0 || a.columns > MOST)
-    fail("a positive multiple of " + std::to_string(COLUMNS) + " results");
+  if (a.tile_columns != 256 && a.tile_columns != 192) fail("tiles of 256 or 192 columns, not " + std::to_string(a.tile_columns));
+  if (a.columns <= 0 || a.columns % a.tile_columns != 0 || a.columns > MOST)
+    fail("a positive multiple of " + std::to_string(a.tile_columns) + " results");
   if (a.moments == nullptr ? a.parts != 0 : a.parts <= 0 || a.inner % a.parts != 0)
     fail("moments of parts that divide the row, got " + std::to_string(a.parts) + " parts");
   if (a.residual != nullptr && (a.moments != nullptr || a.gelu))
@@ -67,11 +77,12 @@ void check_arguments(const LinearSm90& a) {
 void run(const LinearSm90& a, cudaStream_t stream) {
   if (a.rows == 0) return;
   const std::string what = description(a);
-  const Kernel kernel = kernel_for(a);
-  const int processors = prepare_hopper(reinterpret_cast<const void*>(kernel), THREADS, sizeof(Shared), what);
+  const auto [kernel, shared_bytes] = a.tile_columns == 256 ? choose<256>(a) : choose<192>(a);
+  const int processors =
+      prepare_hopper(reinterpret_cast<const void*>(kernel), THREADS, static_cast<int>(shared_bytes), what);
   const EncodeTiled encode = encode_tiled(what);
   Arguments arguments{};
-  arguments.weight = box_map(encode, a.weight, a.columns, a.inner, COLUMNS / CLUSTER, DEPTH, what);
+  arguments.weight = box_map(encode, a.weight, a.columns, a.inner, static_cast<std::uint32_t>(a.tile_columns / CLUSTER), DEPTH, what);
   arguments.bias = static_cast<const float*>(a.bias);
   arguments.row_sum = static_cast<const float*>(a.row_sum);
   arguments.columns = static_cast<std::uint32_t>(a.columns);
@@ -84,15 +95,15 @@ void run(const LinearSm90& a, cudaStream_t stream) {
   };
   for (std::int64_t first = 0; first < a.rows; first += ROWS_AT_ONCE) {
     const std::int64_t rows = std::min(a.rows - first, ROWS_AT_ONCE);
-    const std::int64_t tiles = (rows + CLUSTER_ROWS - 1) / CLUSTER_ROWS * (a.columns / COLUMNS);
+    const std::int64_t tiles = (rows + CLUSTER_ROWS - 1) / CLUSTER_ROWS * (a.columns / a.tile_columns);
     arguments.x = box_map(
         encode, static_cast<const std::uint16_t*>(a.x) + first * a.inner, rows, a.inner, BLOCK_ROWS, DEPTH, what);
     arguments.moments = from_row(static_cast<const float*>(a.moments), first * a.parts * 2);
     arguments.residual = from_row(static_cast<const std::uint16_t*>(a.residual), first * a.columns);
     arguments.out = from_row(static_cast<std::uint16_t*>(a.out), first * a.columns);
-    arguments.out_moments = from_row(static_cast<float*>(a.out_moments), first * (a.columns / COLUMNS) * 2);
+    arguments.out_moments = from_row(static_cast<float*>(a.out_moments), first * (a.columns / a.tile_columns) * 2);
     arguments.rows = static_cast<std::uint32_t>(rows);
-    launch_clusters(kernel, arguments, tiles, processors, CLUSTER, THREADS, sizeof(Shared), stream, what);
+    launch_clusters(kernel, arguments, tiles, processors, CLUSTER, THREADS, shared_bytes, stream, what);
   }
 }
 

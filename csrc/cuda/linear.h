@@ -20,11 +20,12 @@ struct LinearSm90 {
                          // no LayerNorm
   const void* residual;  // [rows, columns] bfloat16, added last, or null
   void* out;             // [rows, columns] bfloat16; may be residual, else must not overlap anything
-  void* out_moments;     // [rows, columns / 256, 2] float32, moments of the results' rows by 256 columns, or null
+  void* out_moments;     // [rows, columns / tile_columns, 2] float32, moments of the results' rows by tiles, or null
   std::int64_t rows;
-  std::int64_t columns;  // a multiple of 256
+  std::int64_t columns;  // a multiple of tile_columns
   std::int64_t inner;    // a multiple of 64, at least 192
   std::int64_t parts;    // 0 without moments
+  std::int64_t tile_columns;  // 256 or 192
   bool gelu;             // before the residual is added
 
   static constexpr const char* NAME = "linear_sm90_kernel";

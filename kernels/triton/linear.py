@@ -442,22 +442,24 @@ def linear(
     (M, K), N = x.shape, layer.weight.shape[0]
     whole_rows = out_norm is not None or residual is not None or want_moments
     out_dtype = x.dtype if out_dtype is None else out_dtype
-    apart = out_norm is not None
-    added, measured = (None, False) if apart else (residual, want_moments)
-    # Around a residual the compiled kernel adds nothing but moments, which it writes with one alone.
-    possible = (moments is None and not gelu) if added is not None else not measured
-    buffer, dtype = (scratch, x.dtype) if apart else (out, out_dtype)
-    if possible and cuda.fits_linear(operation, x, N, dtype, multiprocessors(x.device), added, buffer):
-        y, new_moments = in_buffer(buffer, (M, N), dtype, x), None
-        if measured:
-            new_moments = in_buffer(out_moments, (M, N // cuda.LINEAR_COLUMNS, 2), wide(x.dtype), x)
-        cuda.linear(x, layer, moments, gelu, added, y, new_moments)
-        if apart:
-            return _add_layer_norm(y, out_norm, residual, out_dtype, want_moments, out, out_moments)
-        return y, new_moments
     variant, blocks, columns = _linear_blocks(x, N, whole_rows, out_dtype.itemsize, out_norm is not None)
     complete = columns == 1
     norm_apart = out_norm is not None and not complete
+    added, measured = (None, False) if norm_apart else (residual, want_moments)
+    # Around a residual the compiled kernel adds nothing but moments, which it writes with one alone.
+    possible = (moments is None and not gelu) if added is not None else not measured
+    buffer, dtype = (scratch, x.dtype) if norm_apart else (out, out_dtype)
+    width = None
+    if possible and (norm_apart or out_norm is None):
+        width = cuda.fits_linear(operation, x, N, dtype, multiprocessors(x.device), added, buffer)
+    if width is not None:
+        y, new_moments = in_buffer(buffer, (M, N), dtype, x), None
+        if measured:
+            new_moments = in_buffer(out_moments, (M, N // width, 2), wide(x.dtype), x)
+        cuda.linear(x, layer, width, moments, gelu, added, y, new_moments)
+        if norm_apart:
+            return _add_layer_norm(y, out_norm, residual, out_dtype, want_moments, out, out_moments)
+        return y, new_moments
     acc = wide(x.dtype)
     y = in_buffer(scratch, (M, N), x.dtype, x) if norm_apart else in_buffer(out, (M, N), out_dtype, x)
     new_moments = None
