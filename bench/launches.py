@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from vitup_fast.kernels.triton import common
 
 from vitup_fast import ImageCache, ViTUp, ViTUpConfig
+from vitup_fast.ops.operator import Backend, backend, register_backend
 from vitup_fast.testing import random_coords
 from vitup_fast.walks.plan import gpu_chunk
 
@@ -37,6 +41,63 @@ def recording(capability: int) -> Iterator[list[common.Launch]]:
             del os.environ["TRITON_INTERPRET"]
         else:
             os.environ["TRITON_INTERPRET"] = before
+
+
+class Operation(NamedTuple):
+    """An operation of PyTorch that computes or copies something.
+
+    Attributes:
+        name: its name.
+        nbytes: what it reads and writes.
+    """
+
+    name: str
+    nbytes: int
+
+
+class _Operations(TorchDispatchMode):
+    """Notes operations of PyTorch, but for views and those of this library, which contain others."""
+
+    def __init__(self, found: list[Any]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        results = function(*args, **(kwargs or {}))
+        read, made = ([t for t in tree_leaves(x) if isinstance(t, Tensor)] for x in ((args, kwargs), results))
+        memory = {t.untyped_storage().data_ptr() for t in read}
+        computes = function._schema.is_mutable or any(
+            t.untyped_storage().data_ptr() not in memory for t in made
+        )
+        if computes and function.namespace == "aten" and "empty" not in function.__name__:
+            self.found.append(Operation(function.__name__, sum(t.nbytes for t in (*read, *made))))
+        return results
+
+
+@contextlib.contextmanager
+def recording_operations(found: list[Any]) -> Iterator[None]:
+    """Record the operations of PyTorch as well, those between a kernel's launches too."""
+    usual = backend("triton")
+
+    def watched(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        def run(*arguments: object) -> Any:
+            with _Operations(found):
+                return function(*arguments)
+
+        return function and run
+
+    kernels = {
+        name: k._replace(forward=watched(k.forward), backward=watched(k.backward))
+        for name, k in usual.kernels.items()
+    }
+    register_backend("triton", Backend(kernels))
+    try:
+        with _Operations(found):
+            yield
+    finally:
+        register_backend("triton", usual)
 
 
 def network_and_cache(
@@ -84,11 +145,15 @@ def trained(net: ViTUp, hidden: list[Tensor], cache: ImageCache) -> None:
 
     Other blocks and chunks launch the same, and what lies between the launches takes its time here.
     """
-    config = ViTUpConfig(net.config.dim, net.config.num_heads, (0, 1))
-    net = ViTUp(config).to(net.dtype)
-    hidden = [h.clone().requires_grad_() for h in hidden[:2]]
+    net = ViTUp(ViTUpConfig(net.config.dim, net.config.num_heads, (0, 1))).to(net.dtype)
+    differentiated(net, hidden[:2], cache)
+
+
+def differentiated(net: ViTUp, hidden: list[Tensor], cache: ImageCache) -> None:
+    """The same by a given network."""
+    hidden = [h.clone().requires_grad_() for h in hidden]
     grid = cache.patch_grid.clone().requires_grad_()
-    chunk = gpu_chunk(common.TYPICAL_MULTIPROCESSORS, config.dim)
+    chunk = gpu_chunk(common.TYPICAL_MULTIPROCESSORS, net.config.dim)
     coords = random_coords(torch.Generator().manual_seed(0), 1, chunk).requires_grad_()
     outputs = net(net.prepare(hidden, grid, impl="triton"), coords, return_all_layers=True, impl="triton")
     torch.autograd.backward(outputs, [torch.zeros_like(y) for y in outputs])
@@ -117,3 +182,13 @@ def network_launches(
             CALLS[name](*made)
         found[name] = launches
     return found
+
+
+def training_launches(
+    config: ViTUpConfig, dtype: torch.dtype, capability: int
+) -> tuple[int, list[common.Launch | Operation]]:
+    """Queries of a chunk, and what their forward and backward pass through all blocks launches, PyTorch's too."""
+    made = network_and_cache(config, dtype, capability)
+    with recording(capability) as launches, recording_operations(launches):
+        differentiated(*made)
+    return gpu_chunk(common.TYPICAL_MULTIPROCESSORS, config.dim), launches

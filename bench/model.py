@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from vitup_fast.bench.command import check_writable, exit_code
 from vitup_fast.bench.harness import DTYPES, PRESETS, write_json
-from vitup_fast.bench.launches import CALLS, network_launches
+from vitup_fast.bench.launches import CALLS, Operation, network_launches, training_launches
 from vitup_fast.kernels import cuda
 from vitup_fast.kernels.triton import common, tiles
 
@@ -163,50 +163,145 @@ def compiled_cost(values: dict[str, Any], columns: int, machine: Machine) -> Cos
     )
 
 
-def attention_cost(name: str, values: dict[str, Any], machine: Machine, capability: int) -> Cost:
-    """Query projection, rotation and softmax; products and exponentials of different blocks overlap, others add up."""
-    N, T, D, head = values["N"], values["T"], values["D"], values["HEAD"]
-    images, itemsize = values["p_key"].shape[0], values["p_x"].itemsize
-    rows, keys = values["BLOCK_M"], values["BLOCK_N"]
-    blocks = -(-N // rows) * (D // head) * images
-    most = -(-blocks // machine.multiprocessors)
-    tile = tiles.Tile(rows, head + keys, head, values["num_warps"], values["num_stages"])
-    together = min(most, tiles.resident(tile, itemsize, capability))
-    busy = min(1.0, together * values["num_warps"] / 8)
-    flops = 2.0 * rows * head * D + 4.0 * rows * T * head
+def blocks_cost(
+    title: str,
+    machine: Machine,
+    count: int,
+    together: int,
+    warps: int,
+    itemsize: int,
+    flops: float,
+    traffic: float,
+    lanes: float = 0.0,
+    exposed: float = 0.0,
+    alone: float = 0.0,
+    memory: float = 0.0,
+) -> Cost:
+    """Equal blocks: products, the work of lanes and traffic of different blocks overlap, others add up.
+
+    Args:
+        title: the kernel.
+        machine: the GPU.
+        count: number of blocks.
+        together: how many a multiprocessor can hold.
+        warps: of a block.
+        itemsize: bytes of an operand's number.
+        flops: of a block's products.
+        traffic: bytes that a block reads and writes.
+        lanes: seconds of a block between its products.
+        exposed: seconds in which a block awaits copies.
+        alone: seconds of a block that nothing hides.
+        memory: bytes of all blocks that do not stay in the L2 cache.
+    """
+    most = -(-count // machine.multiprocessors)
+    together = min(most, together)
+    busy = min(1.0, together * warps / 8)
     matrix = machine.matrix if itemsize == 2 else machine.single
     products = flops / (matrix / machine.multiprocessors * busy)
-    # Sixteen exponentials in a cycle; maximum, difference, sum and rounding of a score in 128 lanes.
-    softmax = rows * T * (1 / 16 + 4 / 128) / machine.clock
-    rotation = rows * head / 2 * 60 / 128 / machine.clock
-    traffic = (rows * D + head * D + 2 * T * head + rows * head) * itemsize
-    share = min(machine.l2 / min(blocks, machine.multiprocessors), tiles.MULTIPROCESSOR_L2)
-    # With two stages copies are awaited as soon as they are issued.
-    exposed = 0.0 if values["num_stages"] > 2 else machine.latency * -(-T // keys)
+    share = min(machine.l2 / min(count, machine.multiprocessors), tiles.MULTIPROCESSOR_L2)
     if together > 1:
-        block = max(products, softmax, traffic / share, exposed / together) + rotation
+        block = max(products, lanes, traffic / share, exposed / together) + alone
     else:
-        block = max(products + softmax, traffic / share) + exposed + rotation
-    memory = beyond_cache(machine, values["p_x"].nbytes, values["p_out"].nbytes)
-    return Cost(
-        f"{name} {rows} x {keys}, {values['num_stages']} stages",
-        flops * blocks,
-        traffic * blocks,
+        block = max(products + lanes, traffic / share) + exposed + alone
+    seconds = max(most * block + tiles.START_SECONDS, memory / machine.copy)
+    return Cost(title, flops * count, traffic * count, memory, most / together, seconds)
+
+
+def attention_cost(name: str, values: dict[str, Any], machine: Machine, capability: int) -> Cost:
+    """Attention forward, or its gradient for queries or for keys and values.
+
+    Of a score sixteen exponentials in a cycle, and in 128 lanes: maximum, difference, sum and rounding; in a
+    backward pass two differences, a product, a scale and roundings.
+    """
+    D, head, T, N = values["D"], values["HEAD"], values["T"], values["N"]
+    images, itemsize = values["p_key"].shape[0], values["p_key"].itemsize
+    queries, keys, warps, stages = (values[n] for n in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
+    # Rotation of a pair: sine, cosine and floor as exponentials, beside other instructions; more for float32's digits.
+    rotation = queries * head / 2 * ((8 if itemsize == 2 else 31) / 128 + 3 / 16) / machine.clock
+    blocks = -(-N // queries) * (D // head) * images
+    memory = beyond_cache(machine, *(values[n].nbytes for n in ("p_x", "p_out", "p_grad") if n in values))
+    if name == "rope_cross_attention_key_backward":
+        split = values["queries_per_split"]
+        blocks = -(-T // keys) * (D // head) * images * -(-N // split)
+        scores, products = split * keys, 4
+        traffic = split * (2 * head * itemsize + 8) + keys * head * (2 * itemsize + 8)
+        loops, rotation = -(-split // queries), 0.0
+    else:
+        scores, products = queries * T, 3 if "backward" in name else 2
+        traffic = (2 * T * head + queries * head * (4 if "backward" in name else 1)) * itemsize
+        loops = -(-T // keys)
+    flops, lanes = 2.0 * products * scores * head, scores * (1 / 16 + (6 if "backward" in name else 4) / 128)
+    if "p_weight" in values:  # the projection of queries
+        flops += 2.0 * queries * head * D
+        traffic += (queries + head) * D * itemsize
+    tile = tiles.Tile(queries, head + keys, head, warps, stages)
+    return blocks_cost(
+        f"{name} {queries} x {keys}, {stages} stages",
+        machine,
+        blocks,
+        tiles.resident(tile, itemsize, capability),
+        warps,
+        itemsize,
+        flops,
+        traffic,
+        lanes / machine.clock,
+        # With two stages copies are awaited as soon as they are issued.
+        0.0 if stages > 2 else machine.latency * loops,
+        rotation,
         memory,
-        most / together,
-        max(most * block + tiles.START_SECONDS, memory / machine.copy),
     )
 
 
+def hidden_backward_cost(name: str, values: dict[str, Any], machine: Machine) -> Cost:
+    """Two products into two sums, whose registers leave room for one block, then GELU with its gradient."""
+    M, E, inner = values["M"], values["E"], values["K"] + values["N"]
+    rows, columns, itemsize = values["BLOCK_M"], values["BLOCK_N"], values["p_x"].itemsize
+    return blocks_cost(
+        f"{name} {values['K']} + {values['N']} -> {E}, {rows} x {columns}",
+        machine,
+        -(-M // rows) * (E // columns),
+        1,
+        values["num_warps"],
+        itemsize,
+        2.0 * rows * columns * inner,
+        ((rows + columns) * inner + 2 * rows * columns) * itemsize,
+        alone=tiles.START_SECONDS + 2 * rows * columns / tiles.EPILOGUE_RATE,
+        memory=beyond_cache(
+            machine, *(values[n].nbytes for n in ("p_x", "p_grad", "p_hidden", "p_grad_hidden"))
+        ),
+    )
+
+
+def weight_gradient_cost(name: str, values: dict[str, Any], machine: Machine, capability: int) -> Cost:
+    """A product over the rows, in as many splits as fill the GPU."""
+    left, right, partial = values["p_left"], values["p_right"], values["p_out"]
+    splits, P, Q = partial.shape
+    tile = tiles.Tile(*(values[n] for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")))
+    product = tiles.Product(P * splits, Q, values["rows_per_split"], left.itemsize, partial.itemsize, False)
+    seconds = tiles.seconds(product, tile, machine.multiprocessors, capability, machine.rates)
+    blocks = -(-P // tile.rows) * -(-Q // tile.columns) * splits
+    traffic = blocks * (tile.rows + tile.columns) * product.K * left.itemsize + partial.nbytes
+    memory = beyond_cache(machine, left.nbytes, right.nbytes, partial.nbytes)
+    waves = -(-blocks // machine.multiprocessors) / tiles.resident(tile, left.itemsize, capability)
+    title = f"{name} {P} x {Q}, {splits} splits of {tile.rows} x {tile.columns}"
+    flops = 2.0 * P * Q * values["M"]
+    return Cost(title, flops, traffic, memory, waves, max(seconds, memory / machine.copy))
+
+
 def rows_cost(name: str, values: dict[str, Any], machine: Machine) -> Cost:
-    """A kernel that reads and writes each row once."""
+    """A kernel that reads and writes each row once; a segment's reads wait for each other."""
     touched = {id(v): v for k, v in values.items() if isinstance(v, Tensor) and k != "p_grid"}
     sizes = [t.nbytes for t in touched.values()]
-    if "p_grid" in values and "p_out" in values:  # four neighbours, of which most are shared
-        sizes.append(2 * values["p_out"].nbytes)
+    if "p_grid" in values:  # four neighbours, of which most are shared
+        sizes.append(2 * values["p_out" if "p_out" in values else "p_grad"].nbytes)
     traffic, memory = float(sum(sizes)), beyond_cache(machine, *sizes)
     seconds = max((traffic - memory) / machine.l2, memory / machine.copy) + 2 * tiles.START_SECONDS
-    return Cost(name, 0.0, traffic, memory, 1.0, seconds)
+    waves = 1.0
+    if "p_order" in values:  # offsets, order, row; of a cell of the grid those of four neighbours
+        segments = (values["p_offsets"].numel() - 1) * -(-values["D"] // values["BLOCK_D"])
+        waves = segments / machine.multiprocessors / min(32, 64 // values["num_warps"])
+        seconds += max(1.0, waves) * 3 * (4 if "p_grad_grid" in values else 1) * machine.latency
+    return Cost(name, 0.0, traffic, memory, waves, seconds)
 
 
 class OneKernelMLP(NamedTuple):
@@ -320,12 +415,24 @@ def mlp_cost(mlp: OneKernelMLP, machine: Machine) -> Cost:
     return Cost(title, 4.0 * M * D * E, traffic, memory, waves, waves * tile / clock + tiles.START_SECONDS)
 
 
+def operation_cost(operation: Operation, machine: Machine) -> Cost:
+    """An operation of PyTorch, as one kernel."""
+    memory = beyond_cache(machine, operation.nbytes)
+    seconds = max(operation.nbytes / machine.l2, memory / machine.copy) + 2 * tiles.START_SECONDS
+    return Cost("operations of PyTorch", 0.0, float(operation.nbytes), memory, 1.0, seconds)
+
+
 def cost(
-    launch: common.Launch | OneKernelMLP, machine: Machine, capability: int, compiled: bool = False
+    launch: common.Launch | OneKernelMLP | Operation,
+    machine: Machine,
+    capability: int,
+    compiled: bool = False,
 ) -> Cost:
-    """What a launch of the forward pass costs, with ``compiled`` by the compiled product where that takes it."""
+    """What a launch costs, with ``compiled`` by the compiled product where that takes it."""
     if isinstance(launch, OneKernelMLP):
         return mlp_cost(launch, machine)
+    if isinstance(launch, Operation):
+        return operation_cost(launch, machine)
     name = launch.kernel.fn.__name__.removesuffix("_kernel")
     values = values_of(launch)
     columns = compiled_columns(values, machine, capability) if compiled and name == "linear" else None
@@ -333,8 +440,12 @@ def cost(
         return compiled_cost(values, columns, machine)
     if name in ("linear", "linear_argmax"):
         return product_cost(name, values, machine, capability)
-    if name == "rope_cross_attention":
+    if name.startswith("rope_cross_attention"):
         return attention_cost(name, values, machine, capability)
+    if name == "hidden_backward":
+        return hidden_backward_cost(name, values, machine)
+    if name == "weight_gradient":
+        return weight_gradient_cost(name, values, machine, capability)
     return rows_cost(name, values, machine)
 
 
@@ -375,7 +486,7 @@ class Prediction:
 
 def predict(
     title: str,
-    launches: Sequence[common.Launch | OneKernelMLP],
+    launches: Sequence[common.Launch | OneKernelMLP | Operation],
     machine: Machine = Machine(),
     capability: int = 90,
     compiled: bool = False,
@@ -402,11 +513,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         InputError: a path that cannot be written.
     """
-    forward = [name for name in CALLS if name != "training"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--preset", nargs="+", choices=PRESETS, default=list(PRESETS[:2]), help="sizes (default: S+ and B)")
-    add("--call", nargs="+", choices=forward, default=["dense 448", "dense 1024", "scattered 4096"])
+    add("--call", nargs="+", choices=CALLS, default=["dense 448", "dense 1024", "scattered 4096"])
     add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="compute type (default: bfloat16)")
     add("--sm", type=int, default=90, help="compute capability (default: 90)")
     add(
@@ -427,11 +537,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = Machine(**{one.name: getattr(options, one.name) for one in fields(Machine)})
     found = []
     for preset in options.preset:
-        config = ViTUpConfig.preset(preset)
-        recorded = network_launches(config, getattr(torch, options.dtype), options.sm, tuple(options.call))
+        config, dtype = ViTUpConfig.preset(preset), getattr(torch, options.dtype)
+        forward = tuple(call for call in options.call if call != "training")
+        recorded: dict[str, Sequence[common.Launch | Operation]] = {}
+        recorded |= network_launches(config, dtype, options.sm, forward)
+        if "training" in options.call:
+            queries, launches = training_launches(config, dtype, options.sm)
+            recorded[f"training, {queries} queries"] = launches
         for call, launches in recorded.items():
             title = f"ViT-Up D={config.dim}, {call}, {options.dtype}"
-            if options.one_kernel or options.fp8:
+            if (options.one_kernel or options.fp8) and call in forward:
                 launches = with_one_kernel_mlps(launches, machine, options.fp8)
                 title += ", MLPs in one kernel" + ", residual ones in e4m3" * options.fp8
             found.append(predict(title, launches, machine, options.sm, options.compiled))
