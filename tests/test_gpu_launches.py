@@ -303,6 +303,54 @@ def test_the_model_knows_the_compiled_product():
     assert {*compiled.LINEAR_COLUMNS} == {*slots}
 
 
+@pytest.fixture(scope="module")
+def training():
+    """Forward and backward pass of a chunk through one block of S+, operations of PyTorch included."""
+    return launches.training_launches(ViTUpConfig(384, 6, (0, 1)), torch.bfloat16, 90)
+
+
+def test_the_model_counts_every_product_of_a_training_step(training):
+    queries, recorded = training
+    found = model.predict("training", recorded)
+    D, T, code = 384, 28 * 28, 128
+    two_layers = 4 * D * (2 * D + 4 * D + 4 * D)  # transition, FiLM and the last MLP
+    position = 2 * D * (code + 2 * D)
+    forward = two_layers + position + 4 * D * D + 4 * T * D + 2 * 2 * D * D
+    # Of the FiLM MLP all is computed again, of the others a hidden layer; of attention all up to the softmax.
+    again = two_layers // 2 + position + 4 * D * 4 * D + 2 * D * D + 4 * T * D
+    gradients = 2 * two_layers + 2 * position + 8 * D * D + 14 * T * D + 4 * 2 * D * D
+    gradients += position  # which also computes a hidden layer a third time
+    projection = 3 * T * 2 * 2 * D * D
+    least = queries * (forward + again + gradients) + projection
+    assert found.flops == pytest.approx(least, rel=0.02)
+    assert found.seconds > least / model.Machine().matrix
+
+
+def test_a_training_step_launches_few_kernels_of_pytorch(training):
+    """Weights are folded, and their gradients unfolded, by a launch each."""
+    operations = [x for x in training[1] if isinstance(x, launches.Operation)]
+    names = Counter(named(x)[0] for x in training[1] if not isinstance(x, launches.Operation))
+    assert min(names["fold_kernel"], names["fold_backward_kernel"]) > 0
+    assert len(operations) < 2 * names.total(), Counter(x.name for x in operations)
+
+
+def test_a_training_step_runs_the_tiles_that_are_meant(training):
+    queries, recorded = training
+    seen = set()
+    for launch in recorded:
+        if isinstance(launch, launches.Operation):
+            continue
+        name, values = named(launch)
+        if name == "linear_kernel" and values["M"] == queries:
+            seen.add(launch.variant)
+        elif name == "hidden_backward_kernel":
+            assert (values["BLOCK_M"], values["BLOCK_N"]) == (128, 128)
+        elif name == "weight_gradient_kernel" and values["M"] == queries:
+            blocks = -(-values["P"] // 128) * -(-values["Q"] // 128) * len(values["p_out"])
+            assert blocks / 132 / -(-blocks // 132) > 0.7
+    assert seen == {"linear", "linear_rows"}
+
+
 def test_smaller_chunks_are_slower_by_the_model(config):
     made = launches.network_and_cache(config, torch.bfloat16)
     seconds = []

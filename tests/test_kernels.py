@@ -113,12 +113,26 @@ def test_heads_and_token_counts(generator, width, tokens):
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_splits_of_the_rows_add_up(generator, monkeypatch, splits):
-    monkeypatch.setattr(linear, "SPLIT_ROWS", 100 // splits)
+    monkeypatch.setattr(linear, "splits_of", lambda *_: splits)
     left, right = torch.randn(2, 100, 64, generator=generator, dtype=torch.float64)
     with common.overridden_settings(SMALL_BLOCKS), poisoned_allocations():
         torch.testing.assert_close(
             linear.weight_gradient(left, right), left.T @ right, rtol=1e-12, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("programs", [1, 9, 36, 78, 144, 1000])
+@pytest.mark.parametrize("length", [1, 500, 16896])
+def test_no_other_number_of_splits_leaves_less_work(monkeypatch, programs, length):
+    monkeypatch.setattr(linear, "multiprocessors", lambda device: 132)
+    chosen = linear.splits_of(length, 512, programs, torch.device("cpu"))
+
+    def work(splits):
+        return -(-programs * splits // 132) * -(-length // splits)
+
+    assert chosen == 1 or length / chosen > 512 - chosen
+    possible = [n for n in range(1, 265) if n <= -(-length // 512) and programs * (n - 1) < linear.FULL_GRID]
+    assert work(chosen) == min(map(work, possible or [1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

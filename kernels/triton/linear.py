@@ -43,6 +43,8 @@ from .common import (
 SPLIT_ROWS = 512
 # Programs that fill a GPU a few times.
 FULL_GRID = 264
+# Columns of one program of the gradient of what was folded: a sector of float32.
+FOLD_COLUMNS = 8
 
 
 class Folded(NamedTuple):
@@ -53,6 +55,41 @@ class Folded(NamedTuple):
     row_sum: Tensor  # [N] float32 or better, sums over the rows of the rounded weight
 
 
+@triton.jit(do_not_specialize=["N"])
+def fold_kernel(
+    p_weight,  # [N, K]
+    p_bias,  # [N]
+    p_norm_weight,  # [K]
+    p_norm_bias,  # [K]
+    p_folded,  # [N, K]
+    p_folded_bias,  # [N]
+    p_row_sum,  # [N]
+    N,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """``scale W g`` rounded, ``scale (b + W beta)`` and the row sums of the former, for complete rows."""
+    o_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_column = tl.arange(0, BLOCK_D)
+    m_row, m_column = o_row < N, o_column < K
+    mask = m_row[:, None] & m_column[None, :]
+    o_weight = o_row.to(tl.int64)[:, None] * K + o_column[None, :]
+    b_weight = tl.load(p_weight + o_weight, mask=mask, other=0.0).to(ACC)
+    bias = tl.load(p_bias + o_row, mask=m_row, other=0.0).to(ACC)
+    if NORM:
+        norm_bias = tl.load(p_norm_bias + o_column, mask=m_column, other=0.0).to(ACC)
+        bias += tl.sum(b_weight * norm_bias[None, :], 1)
+        b_weight *= tl.load(p_norm_weight + o_column, mask=m_column, other=0.0).to(ACC)[None, :]
+    b_folded = (b_weight * SCALE).to(p_folded.dtype.element_ty)
+    tl.store(p_folded + o_weight, b_folded, mask=mask)
+    tl.store(p_folded_bias + o_row, bias * SCALE, mask=m_row)
+    tl.store(p_row_sum + o_row, tl.sum(b_folded.to(ACC), 1), mask=m_row)
+
+
 def fold(
     weight: Tensor,  # [N, K]
     bias: Tensor,  # [N]
@@ -61,14 +98,74 @@ def fold(
     scale: float = 1.0,
 ) -> Folded:
     """Fold LayerNorm's affine part and a scale into the linear layer behind it, in float32 or better."""
-    exact = weight.detach().to(wide(weight.dtype))
-    folded_bias = bias.detach().to(exact.dtype)
-    if norm_weight is not None:
-        # A sum of products: matrix products may be less exact than float32.
-        folded_bias = folded_bias + (exact * norm_bias.detach().to(exact.dtype)).sum(1)
-        exact = exact * norm_weight.detach().to(exact.dtype)
-    folded = (exact * scale).to(weight.dtype).contiguous()
-    return Folded(folded, folded_bias * scale, folded.to(exact.dtype).sum(1))
+    weight, bias = weight.detach().contiguous(), bias.detach().contiguous()
+    norm = (weight, weight) if norm_weight is None else (norm_weight.detach(), norm_bias.detach())
+    (N, K), acc = weight.shape, wide(weight.dtype)
+    folded = torch.empty(N, K, dtype=weight.dtype, device=weight.device)
+    folded_bias, row_sum = (torch.empty(N, dtype=acc, device=weight.device) for _ in range(2))
+    blocks = row_blocks(weight, K)
+    launch(
+        fold_kernel,
+        (triton.cdiv(N, blocks["BLOCK_M"]),),
+        weight,
+        bias,
+        *(t.contiguous() for t in norm),
+        folded,
+        folded_bias,
+        row_sum,
+        N,
+        K=K,
+        NORM=norm_weight is not None,
+        SCALE=scale,
+        variant="rows",
+        **blocks,
+    )
+    return Folded(folded, folded_bias, row_sum)
+
+
+@triton.jit(do_not_specialize=["N"])
+def fold_backward_kernel(
+    p_grad,  # [N, K]
+    p_grad_bias,  # [N]
+    p_weight,  # [N, K]
+    p_norm_weight,  # [K]
+    p_norm_bias,  # [K]
+    p_grad_norm_weight,  # [K]
+    p_grad_norm_bias,  # [K]
+    p_grad_weight,  # [N, K]
+    p_grad_layer_bias,  # [N]
+    N,
+    K: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Gradients of what was folded, for a block of columns; those of the bias by the first."""
+    o_column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_column = o_column < K
+    norm_weight = tl.load(p_norm_weight + o_column, mask=m_column, other=0.0).to(ACC)[None, :]
+    norm_bias = tl.load(p_norm_bias + o_column, mask=m_column, other=0.0).to(ACC)[None, :]
+    grad_norm_weight = tl.zeros((BLOCK_D,), ACC)
+    grad_norm_bias = tl.zeros((BLOCK_D,), ACC)
+    for start in tl.range(0, N, BLOCK_M):
+        o_row = start + tl.arange(0, BLOCK_M)
+        m_row = o_row < N
+        mask = m_row[:, None] & m_column[None, :]
+        o_weight = o_row.to(tl.int64)[:, None] * K + o_column[None, :]
+        grad = tl.load(p_grad + o_weight, mask=mask, other=0.0).to(ACC) * SCALE
+        grad_bias = tl.load(p_grad_bias + o_row, mask=m_row, other=0.0).to(ACC) * SCALE
+        b_weight = tl.load(p_weight + o_weight, mask=mask, other=0.0).to(ACC)
+        grad_weight = grad * norm_weight + grad_bias[:, None] * norm_bias
+        tl.store(p_grad_weight + o_weight, grad_weight.to(p_grad_weight.dtype.element_ty), mask=mask)
+        grad_norm_weight += tl.sum(grad * b_weight, 0)
+        grad_norm_bias += tl.sum(grad_bias[:, None] * b_weight, 0)
+        if tl.program_id(0) == 0:
+            grad_bias = grad_bias.to(p_grad_layer_bias.dtype.element_ty)
+            tl.store(p_grad_layer_bias + o_row, grad_bias, mask=m_row)
+    dtype = p_grad_norm_weight.dtype.element_ty
+    tl.store(p_grad_norm_weight + o_column, grad_norm_weight.to(dtype), mask=m_column)
+    tl.store(p_grad_norm_bias + o_column, grad_norm_bias.to(dtype), mask=m_column)
 
 
 def fold_backward(
@@ -80,12 +177,28 @@ def fold_backward(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of norm weight, norm bias, weight and bias from those of the folded layer."""
-    exact, dtype = weight.to(grad_folded.dtype), weight.dtype
-    grad_folded, grad_bias = grad_folded * scale, grad_bias * scale
-    grad_weight = grad_folded * norm_weight.to(exact.dtype) + grad_bias[:, None] * norm_bias.to(exact.dtype)
-    grad_norm_weight = (grad_folded * exact).sum(0)
-    grad_norm_bias = (grad_bias[:, None] * exact).sum(0)
-    return grad_norm_weight.to(dtype), grad_norm_bias.to(dtype), grad_weight.to(dtype), grad_bias.to(dtype)
+    weight = weight.contiguous()
+    N, K = weight.shape
+    made = [torch.empty(s, dtype=weight.dtype, device=weight.device) for s in (K, K, (N, K), N)]
+    launch(
+        fold_backward_kernel,
+        (triton.cdiv(K, FOLD_COLUMNS),),
+        grad_folded,
+        grad_bias,
+        weight,
+        norm_weight.contiguous(),
+        norm_bias.contiguous(),
+        *made,
+        N,
+        K=K,
+        SCALE=scale,
+        BLOCK_M=256,
+        BLOCK_D=FOLD_COLUMNS,
+        ACC=accumulator(weight.dtype),
+        variant="rows",
+        num_warps=8,
+    )
+    return tuple(made)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -564,6 +677,16 @@ def linear_argmax(
     return out
 
 
+def splits_of(length: int, least: int, programs: int, device: torch.device) -> int:
+    """Parts of a length over which ``programs`` sum, so that the busiest multiprocessor has least to do."""
+    most = max(1, min(triton.cdiv(length, least), triton.cdiv(FULL_GRID, programs)))
+
+    def work(splits: int) -> int:
+        return triton.cdiv(programs * splits, multiprocessors(device)) * triton.cdiv(length, splits)
+
+    return min(range(1, most + 1), key=work)
+
+
 def weight_gradient(left: Tensor, right: Tensor) -> Tensor:
     """``left^T right`` accumulated in float32 or better; ``[M, P], [M, Q] -> [P, Q]``.
 
@@ -572,7 +695,7 @@ def weight_gradient(left: Tensor, right: Tensor) -> Tensor:
     (M, P), Q = left.shape, right.shape[1]
     blocks = settings_for("weight_gradient", left, min(P, Q))
     tiles = triton.cdiv(P, blocks["BLOCK_M"]) * triton.cdiv(Q, blocks["BLOCK_N"])
-    splits = max(1, min(triton.cdiv(M, SPLIT_ROWS), triton.cdiv(FULL_GRID, tiles)))
+    splits = splits_of(M, SPLIT_ROWS, tiles, left.device)
     rows = max(1, triton.cdiv(triton.cdiv(M, splits), blocks["BLOCK_K"])) * blocks["BLOCK_K"]
     partial = torch.empty(splits, P, Q, dtype=wide(left.dtype), device=left.device)
     launch(

@@ -29,12 +29,11 @@ from .common import (
     sine_cosine,
     wide,
 )
-from .linear import Folded, column_sum, fold, linear, matmul, weight_gradient
+from .linear import Folded, column_sum, fold, linear, matmul, splits_of, weight_gradient
 from .norm_linear import normed_linear_backward
 
 # Queries that one program of the key gradient visits at the least.
 SPLIT_QUERIES = 1024
-FULL_GRID = 264
 
 
 @triton.jit
@@ -558,7 +557,7 @@ def backward(
         blocks = _blocks("attention_key_backward", x, d)
         key_blocks = triton.cdiv(T, blocks["BLOCK_N"])
         programs = max(1, key_blocks * heads * B)
-        splits = max(1, min(triton.cdiv(N, SPLIT_QUERIES), triton.cdiv(FULL_GRID, programs)))
+        splits = splits_of(N, SPLIT_QUERIES, programs, x.device)
         per_split = triton.cdiv(triton.cdiv(N, splits), blocks["BLOCK_M"]) * blocks["BLOCK_M"]
         partial = torch.empty(2, splits, *key.shape, dtype=acc, device=x.device)
         launch(
