@@ -455,7 +455,7 @@ class Prediction:
 
     Attributes:
         title: which.
-        seconds: of all its launches, with the gaps between them.
+        seconds: of all its launches, with the gaps between them; beside others they take what these leave.
         flops: of all products.
         launches: their number.
         kernels: one row for each kernel and role, the longest first.
@@ -491,19 +491,25 @@ def predict(
     capability: int = 90,
     compiled: bool = False,
 ) -> Prediction:
-    """Predict a call from its launches, with ``compiled`` as if the compiled product took what it can of them."""
+    """Predict a call from its launches, with ``compiled`` as if the compiled product took what it can of them.
+
+    Those that may run beside others take no time of their own, as long as multiprocessors have room for both.
+    """
+    chains, busy = {False: 0.0, True: 0.0}, 0.0
     rows: dict[str, dict[str, Any]] = {}
     for launch in launches:
         one = cost(launch, machine, capability, compiled)
         row = rows.setdefault(
             one.kernel, asdict(one) | {"launches": 0, "seconds": 0.0, "flops": 0.0, "l2": 0.0, "memory": 0.0}
         )
+        chains[getattr(launch, "beside", False)] += one.seconds + machine.gap
+        busy += one.seconds * min(1.0, one.waves)
         row["launches"] += 1
         row["waves"] = max(row["waves"], one.waves)
         for name in ("seconds", "flops", "l2", "memory"):
             row[name] += getattr(one, name)
     kernels = sorted(rows.values(), key=lambda row: -row["seconds"])
-    seconds = sum(row["seconds"] for row in kernels) + machine.gap * len(launches)
+    seconds = max(*chains.values(), busy) if chains[True] else chains[False]
     return Prediction(title, seconds, sum(row["flops"] for row in kernels), len(launches), kernels)
 
 

@@ -106,6 +106,76 @@ def test_few_queries_fill_the_gpu(config, recorded):
             assert blocks >= 64
 
 
+def test_few_queries_take_few_launches(config, recorded):
+    """Sampling, the position code of all blocks, at most twelve launches of a block, and the decoder."""
+    found = recorded["scattered 4096"]
+    names = Counter(named(x)[0] for x in found)
+    assert names["position_code_kernel"] == 1
+    assert len(found) <= 3 + 6 * 12
+    few = gpu_chunk(TYPICAL_MULTIPROCESSORS, config.dim) >= 3 * 4096
+    assert sum(x.beside for x in found) == (6 * 5 if few else 0)
+    for call in ("dense 448", "dense 1024"):  # where a chunk fills the GPU
+        assert {x.beside for x in recorded[call] if named(x)[1].get("M", 0) > 5632} == {False}
+
+
+WRITTEN = {
+    "linear_kernel": lambda v: ("p_out", *(["p_out_moments"] if v["OUT_MOMENTS"] else [])),
+    "modulate_kernel": lambda v: ("p_out", "p_moments"),
+    "add_layer_norm_kernel": lambda v: ("p_out", *(["p_moments"] if v["STORE_MOMENTS"] else [])),
+    "rope_cross_attention_kernel": lambda v: ("p_out",),
+}
+
+
+def test_what_runs_beside_shares_no_memory_that_is_written(recorded):
+    """But for the rows of the FiLM MLPs, which LayerNorms add in the order of the blocks."""
+    found = recorded["scattered 4096"]
+    if not any(x.beside for x in found):
+        return
+    start = next(i for i, x in enumerate(found) if x.beside)
+    chain = [x for x in found[start:-1] if not x.beside]
+
+    def memory(launches, only_written):
+        spans = {}
+        for launch in launches:
+            name, values = named(launch)
+            written = WRITTEN[name](values)
+            for key, t in values.items():
+                if isinstance(t, torch.Tensor) and (key in written or not only_written):
+                    spans[t.data_ptr(), t.data_ptr() + t.nbytes] = name, key
+        return spans
+
+    def shared(a, b):
+        return {pair for x, pair in a.items() for y in b if x[0] < y[1] and y[0] < x[1]}
+
+    beside = [x for x in found if x.beside]
+    assert not shared(memory(beside, False), memory(chain, True))
+    assert shared(memory(chain, False), memory(beside, True)) == {("add_layer_norm_kernel", "p_x")}
+    made = [named(x)[1]["p_out"].data_ptr() for x in beside][4::5]
+    added = [named(x)[1]["p_x"].data_ptr() for x in chain if named(x)[0] == "add_layer_norm_kernel"]
+    assert made == added
+    assert len({*made}) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_tiles_fit_the_shared_memory_of_every_generation(dtype):
+    """Counted as operands of all stages, which is what compilers make of them or more."""
+    made = launches.network_and_cache(ViTUpConfig.preset("dinov3_splus"), dtype)
+    for capability, most in tiles.SHARED_BYTES.items():
+        with launches.recording(capability) as found:
+            launches.dense(*made, side=448)
+            launches.scattered(*made, count=4096)
+        seen = 0
+        for name, values in map(named, found):
+            if "BLOCK_N" in values:
+                columns = values["BLOCK_N"] * values.get("TILES", 1)
+                if name == "rope_cross_attention_kernel":  # the projection, or keys and values beside queries
+                    columns = max(columns, values["HEAD"])
+                operands = (values["BLOCK_M"] + columns) * values["BLOCK_K"] * dtype.itemsize
+                assert values["num_stages"] * operands + 1024 <= most, (capability, name)
+                seen += 1
+        assert seen > 100
+
+
 def kinds(found):
     """All that decides the code of launches, with the variant that chose it."""
     return {
@@ -497,10 +567,20 @@ class FakeGraph:
 
 class FakeStream:
     def __init__(self, handle=0, device=None):
-        self.handle = handle
+        self.handle, self.awaited = handle, []
 
     def wait_stream(self, other):
-        pass
+        self.awaited.append(other)
+
+    def wait_event(self, event):
+        self.awaited.append(event.recorded_on)
+
+
+class FakeEvent:
+    recorded_on = None
+
+    def record(self, stream):
+        self.recorded_on = stream
 
 
 @pytest.fixture
@@ -543,6 +623,25 @@ def test_a_thread_records_on_a_stream_of_its_own(fake_gpu):
     fake_gpu.code = 2
     with pytest.raises(KernelError, match="error 2 of cuStreamCreate"):
         gpu.own_stream(torch.device("cuda", 1))
+
+
+@pytest.mark.parametrize("capturing", [True, False])
+def test_a_second_stream_starts_after_the_first_and_is_awaited(fake_gpu, monkeypatch, capturing):
+    first, device = FakeStream(), torch.device("cuda", 0)
+    monkeypatch.setattr(gpu.torch.cuda, "current_stream", lambda d: first)
+    monkeypatch.setattr(gpu.torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(gpu.torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    with gpu.second_stream(device) as mark:
+        wait = mark()
+    assert not first.awaited
+    wait()
+    if capturing:
+        (second,) = first.awaited
+        assert second is gpu.own_stream(device, 1)
+        assert second is not gpu.own_stream(device)
+        assert second.awaited == [first]
+    else:
+        assert not first.awaited
 
 
 def test_nothing_is_collected_while_recording(fake_gpu):

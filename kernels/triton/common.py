@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -292,9 +293,11 @@ class Launch(NamedTuple):
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     variant: str
+    beside: bool = False  # whether it may run at the same time as those that follow
 
 
 _recorder: list[Launch] | None = None
+_beside: ContextVar[bool] = ContextVar("launches may run beside those that follow", default=False)
 _overrides: Mapping[str, Mapping[str, Any]] = {}
 _rung: str | None = None
 _target: tuple[str, int] | None = None
@@ -315,6 +318,16 @@ def recorded_launches(target: tuple[str, int]) -> Iterator[list[Launch]]:
         yield _recorder
     finally:
         _recorder = _target = None
+
+
+@contextlib.contextmanager
+def beside() -> Iterator[None]:
+    """Tell a recording that these launches may run at the same time as those that follow."""
+    token = _beside.set(True)
+    try:
+        yield
+    finally:
+        _beside.reset(token)
 
 
 @contextlib.contextmanager
@@ -508,7 +521,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, variant: str,
             "x", f"at most {MAX_GRID} images or parts of them at once", max(grid[1:]), "Split the batch."
         )
     if _recorder is not None:
-        _recorder.append(Launch(kernel, arguments, options, variant))
+        _recorder.append(Launch(kernel, arguments, options, variant, _beside.get()))
         return
     if 0 in grid:
         return

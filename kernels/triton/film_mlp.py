@@ -225,7 +225,12 @@ def fold_position(weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
 
 
 def position_code(
-    coords: Tensor, freqs: Tensor, token_grid: tuple[int, int], width: int, like: Tensor, out: Tensor | None
+    coords: Tensor,
+    freqs: Tensor,
+    token_grid: tuple[int, int],
+    width: int,
+    like: Tensor,
+    out: Tensor | None = None,  # [at least M, width]
 ) -> Tensor:
     """Position code of each query in the dtype of ``like``, computed in float32 or better; ``[M, width]``."""
     M = coords.numel() // 2
@@ -265,9 +270,6 @@ class Modulation(NamedTuple):
 class FilmBuffers(NamedTuple):
     """Memory that :func:`film_mlp` may use for N queries; None allocates."""
 
-    code: Tensor | None = None  # [M, width]
-    position_hidden: Tensor | None = None  # [M, D]
-    gamma_beta: Tensor | None = None  # [M, 2 D] float32
     modulated: Tensor | None = None  # [M, D]
     modulated_moments: Tensor | None = None  # [M, 1, 2]
     hidden: Tensor | None = None  # [M, E]
@@ -277,18 +279,14 @@ class FilmBuffers(NamedTuple):
 
 
 def position_gamma_beta(
-    coords: Tensor,  # [B, N, 2]
-    freqs: Tensor,  # [F]
-    token_grid: tuple[int, int],
+    code: Tensor,  # [M, width]
     layers: FoldedPosition,
-    buffers: FilmBuffers = FilmBuffers(),  # noqa: B008
-) -> tuple[Tensor, Tensor]:
-    """Padded position code ``[M, width]`` of each query, and ``[gamma, beta]`` ``[M, 2 D]`` in float32 or better."""
-    weight = layers.first.weight
-    code = position_code(coords, freqs, token_grid, weight.shape[1], weight, buffers.code)
-    hidden, _ = linear(code, layers.first, gelu=True, out=buffers.position_hidden)  # [M, D]
-    gamma_beta, _ = linear(hidden, layers.second, out_dtype=wide(weight.dtype), out=buffers.gamma_beta)
-    return code, gamma_beta
+    hidden: Tensor | None = None,  # [M, D]
+    out: Tensor | None = None,  # [M, 2 D]
+) -> Tensor:
+    """``[gamma, beta]`` ``[M, 2 D]`` in float32 or better of padded position codes; buffers as for :func:`linear`."""
+    hidden, _ = linear(code, layers.first, gelu=True, out=hidden)  # [M, D]
+    return linear(hidden, layers.second, out_dtype=wide(code.dtype), out=out)[0]
 
 
 def modulate(
@@ -360,6 +358,28 @@ def film_mlp(
     )
 
 
+def local_rows(
+    x: Tensor,  # [B, N, D]
+    tokens: Tensor,  # [B, h, w, D]
+    modulation: Modulation,
+    layers: FoldedMLP,
+    buffers: FilmBuffers,
+) -> Tensor:  # [M, D]
+    """``W2 gelu(W1 LN1(m) + b1) + b2`` of the modulated tokens m, the part of :func:`film_mlp` that reads no state.
+
+    Args:
+        x: of the queries' shape and dtype; its values are not read.
+        tokens: of each image.
+        modulation: gamma and beta.
+        layers: the MLP.
+        buffers: memory.
+    """
+    part = {"operation": "film_mlp"}
+    modulated, moments = modulate(x, tokens, modulation, buffers.modulated, buffers.modulated_moments)
+    hidden, _ = linear(modulated, layers.first, moments, gelu=True, out=buffers.hidden, **part)  # [M, E]
+    return linear(hidden, layers.second, out=buffers.local, **part)[0]
+
+
 def film_modulation(
     coords: Tensor | None,
     tokens: Tensor,
@@ -373,11 +393,10 @@ def film_modulation(
     if table is not None:
         gamma_beta = table.to(wide(tokens.dtype)).contiguous()
         return Modulation(gamma_beta, None, row.contiguous(), token.contiguous()), None
-    coords = positions(coords, tokens)
-    code, gamma_beta = position_gamma_beta(
-        coords, freqs.contiguous(), tokens.shape[1:3], fold_position(*position)
-    )
-    return Modulation(gamma_beta, coords, None, None), code
+    coords, layers = positions(coords, tokens), fold_position(*position)
+    weight = layers.first.weight
+    code = position_code(coords, freqs.contiguous(), tokens.shape[1:3], weight.shape[1], weight)
+    return Modulation(position_gamma_beta(code, layers), coords, None, None), code
 
 
 def forward(

@@ -161,8 +161,7 @@ def fold_backward_kernel(
         grad_norm_weight += tl.sum(grad * b_weight, 0)
         grad_norm_bias += tl.sum(grad_bias[:, None] * b_weight, 0)
         if tl.program_id(0) == 0:
-            grad_bias = grad_bias.to(p_grad_layer_bias.dtype.element_ty)
-            tl.store(p_grad_layer_bias + o_row, grad_bias, mask=m_row)
+            tl.store(p_grad_layer_bias + o_row, grad_bias.to(p_grad_layer_bias.dtype.element_ty), mask=m_row)
     dtype = p_grad_norm_weight.dtype.element_ty
     tl.store(p_grad_norm_weight + o_column, grad_norm_weight.to(dtype), mask=m_column)
     tl.store(p_grad_norm_bias + o_column, grad_norm_bias.to(dtype), mask=m_column)
@@ -571,7 +570,7 @@ def linear(
             new_moments = in_buffer(out_moments, (M, N // width, 2), wide(x.dtype), x)
         cuda.linear(x, layer, width, moments, gelu, added, y, new_moments)
         if norm_apart:
-            return _add_layer_norm(y, out_norm, residual, out_dtype, want_moments, out, out_moments)
+            return add_layer_norm(y, out_norm, residual, out_dtype, want_moments, out, out_moments)
         return y, new_moments
     acc = wide(x.dtype)
     y = in_buffer(scratch, (M, N), x.dtype, x) if norm_apart else in_buffer(out, (M, N), out_dtype, x)
@@ -611,10 +610,10 @@ def linear(
     )
     if not norm_apart:
         return y, new_moments
-    return _add_layer_norm(y, out_norm, residual, out_dtype, want_moments, out, out_moments)
+    return add_layer_norm(y, out_norm, residual, out_dtype, want_moments, out, out_moments)
 
 
-def _add_layer_norm(
+def add_layer_norm(
     y: Tensor,  # [M, N]
     out_norm: tuple[Tensor, Tensor],  # [N], [N]
     residual: Tensor | None,  # [M, N]

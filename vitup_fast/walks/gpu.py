@@ -111,34 +111,55 @@ class Table(NamedTuple):
     relative: Tensor | None = None  # [R, 2] in token units
 
 
+class FilmMemory(NamedTuple):
+    """What FiLM MLPs work in."""
+
+    spare: Tensor  # [rows, D]
+    moments: Tensor  # [rows, 1, 2]
+    hidden: Tensor  # [rows * 4 D]
+
+
 class Workspace:
     """Memory for the activations of ``rows`` queries, used again by every chunk.
 
     Args:
         rows: queries of a chunk, of all its images together.
         dim: feature width D.
+        code_width: of the padded position code.
         dtype: compute type.
         device: where it lies.
+        beside: number of blocks whose FiLM MLPs have memory of their own, to run beside the other kernels.
     """
 
-    def __init__(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        # The hidden layer is the widest; position code and [gamma, beta] in float32 pass through the same memory.
-        self.dim = dim
-        self.state = torch.empty(rows, dim, dtype=dtype, device=device)
-        self.spare = torch.empty(rows, dim, dtype=dtype, device=device)
-        self.hidden = torch.empty(rows * 4 * dim, dtype=dtype, device=device)
-        moments = torch.promote_types(dtype, torch.float32)
-        # Blocks of a product that writes moments have at least 32 columns.
-        self.moments = torch.empty(rows * 2 * (dim // 32), dtype=moments, device=device)
-        self.spare_moments = torch.empty(rows, 1, 2, dtype=moments, device=device)
-        everything = (self.state, self.spare, self.hidden, self.moments, self.spare_moments)
-        self.nbytes = sum(t.nbytes for t in everything)
+    def __init__(
+        self,
+        rows: int,
+        dim: int,
+        code_width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        beside: int = 0,
+    ) -> None:
+        wide = torch.promote_types(dtype, torch.float32)
 
-    def position_buffers(self, rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Position code ``[rows, width]``, its hidden layer, and ``[gamma, beta]`` in the hidden layer's memory."""
-        code = self.hidden[: rows * width].view(rows, width)
-        gamma_beta = self.hidden.view(self.moments.dtype)[: rows * 2 * self.dim]
-        return code, self.spare, gamma_beta
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.dim = dim
+        self.state, self.spare = empty(rows, dim), empty(rows, dim)
+        self.code = empty(rows, code_width)
+        # The hidden layer is the widest; [gamma, beta] in float32 passes through the same memory.
+        self.hidden = empty(rows * 4 * dim)
+        # Blocks of a product that writes moments have at least 32 columns.
+        self.moments = empty(rows * 2 * (dim // 32), dtype=wide)
+        self.film = FilmMemory(
+            empty(rows, dim) if beside else self.spare,
+            empty(rows, 1, 2, dtype=wide),
+            empty(rows * 4 * dim) if beside else self.hidden,
+        )
+        self.locals = empty(beside, rows, dim).unbind()
+        everything = {self.state, self.spare, self.code, self.hidden, self.moments, *self.film, *self.locals}
+        self.nbytes = sum(t.nbytes for t in everything)
 
 
 def walk_blocks(
@@ -164,8 +185,16 @@ def walk_blocks(
     Returns:
         Moments of the last state.
     """
-    from ..kernels.triton.film_mlp import FilmBuffers, Modulation, film_mlp, position_gamma_beta
-    from ..kernels.triton.linear import linear
+    from ..kernels.triton.common import beside
+    from ..kernels.triton.film_mlp import (
+        FilmBuffers,
+        Modulation,
+        film_mlp,
+        local_rows,
+        position_code,
+        position_gamma_beta,
+    )
+    from ..kernels.triton.linear import add_layer_norm, linear
     from ..kernels.triton.residual_mlp import residual_mlp
     from ..kernels.triton.rope_cross_attention import attend
 
@@ -173,9 +202,34 @@ def walk_blocks(
     rows, dim = b * n, workspace.dim
     state, spare = workspace.state[:rows], workspace.spare[:rows]
     hidden, out_moments = workspace.hidden, workspace.moments
-    spare_moments = workspace.spare_moments[:rows]
     token_grid = tuple(image.tokens[0].shape[1:3])
     per_image = (b, n, dim)
+    film = FilmMemory(workspace.film.spare[:rows], workspace.film.moments[:rows], workspace.film.hidden)
+    buffers = FilmBuffers(modulated=film.spare, modulated_moments=film.moments, hidden=film.hidden)
+    code = None
+    if table is None or table.relative is not None:
+        # A relative position lies in the one cell of a grid of one token.
+        where, cells = (coords, token_grid) if table is None else (table.relative[None] + 0.5, (1, 1))
+        weight = constants.blocks[0].position.first.weight
+        code = position_code(where, constants.freqs, cells, weight.shape[1], weight, workspace.code)
+
+    def modulation(i: int) -> Modulation:
+        if code is None:
+            gamma_beta = table.gamma_beta[i]
+        else:
+            out = film.hidden.view(out_moments.dtype)[: len(code) * 2 * dim]
+            gamma_beta = position_gamma_beta(code, constants.blocks[i].position, film.spare, out)
+        if table is None:
+            return Modulation(gamma_beta, coords, None, None)
+        return Modulation(gamma_beta, None, table.row, table.token)
+
+    done = []
+    if workspace.locals:
+        with beside(), second_stream(state.device) as mark:
+            for i, block in enumerate(constants.blocks):
+                memory = buffers._replace(local=workspace.locals[i][:rows])
+                local_rows(state.view(per_image), image.tokens[i], modulation(i), block.film, memory)
+                done.append(mark())
     for depth, block in enumerate(constants.blocks, start=1):
         i = depth - 1
         memory = {"out": state, "out_moments": out_moments, "want_moments": True}
@@ -191,54 +245,44 @@ def walk_blocks(
             token_grid,
             out=spare.view(per_image),
         )
-        linear(spare, block.out, residual=state, **memory)
-        if table is None or table.relative is not None:
-            # A relative position lies in the one cell of a grid of one token.
-            where, cells = (coords, token_grid) if table is None else (table.relative[None] + 0.5, (1, 1))
-            width = block.position.first.weight.shape[1]
-            code, position_hidden, gamma_beta = workspace.position_buffers(where[..., 0].numel(), width)
-            buffers = FilmBuffers(code=code, position_hidden=position_hidden, gamma_beta=gamma_beta)
-            _, gamma_beta = position_gamma_beta(where, constants.freqs, cells, block.position, buffers)
+        linear(spare, block.out, residual=state, out=state)
+        if workspace.locals:
+            done[i]()
+            local = workspace.locals[i][:rows]
+            _, moments = add_layer_norm(
+                local, block.film_norm, state, state.dtype, True, out=state, out_moments=out_moments
+            )
         else:
-            gamma_beta = table.gamma_beta[i]
-        if table is None:
-            modulation = Modulation(gamma_beta, coords, None, None)
-        else:
-            modulation = Modulation(gamma_beta, None, table.row, table.token)
-        buffers = FilmBuffers(
-            modulated=spare,
-            modulated_moments=spare_moments,
-            hidden=hidden,
-            local=spare,
-            out=state,
-            out_moments=out_moments,
-        )
-        _, moments = film_mlp(
-            state.view(per_image),
-            image.tokens[i],
-            modulation,
-            block.film,
-            block.film_norm,
-            buffers,
-            want_moments=True,
-        )
+            _, moments = film_mlp(
+                state.view(per_image),
+                image.tokens[i],
+                modulation(i),
+                block.film,
+                block.film_norm,
+                buffers._replace(local=film.spare, out=state, out_moments=out_moments),
+                want_moments=True,
+            )
         _, moments = residual_mlp(state, moments, block.mlp, hidden, **memory)
         if after_block is not None:
             after_block(depth, state, moments)
     return moments
 
 
-_own_streams: dict[tuple[int, torch.device], torch.cuda.Stream] = {}
+_own_streams: dict[tuple[int, torch.device, int], torch.cuda.Stream] = {}
 _capturing = threading.Lock()
 
 
-def own_stream(device: torch.device) -> torch.cuda.Stream:
+def own_stream(device: torch.device, number: int = 0) -> torch.cuda.Stream:
     """A stream of a GPU that this thread alone uses: one of PyTorch's, which go round, could carry another's work.
+
+    Args:
+        device: the GPU.
+        number: which of the thread's streams there.
 
     Raises:
         KernelError: the driver makes none.
     """
-    key = threading.get_ident(), device
+    key = threading.get_ident(), device, number
     stream = _own_streams.get(key)
     if stream is None:
         driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
@@ -250,6 +294,28 @@ def own_stream(device: torch.device) -> torch.cuda.Stream:
             raise KernelError(f"the CUDA driver made no stream on {device}: error {code} of cuStreamCreate")
         stream = _own_streams[key] = torch.cuda.ExternalStream(handle.value, device=device)
     return stream
+
+
+@contextlib.contextmanager
+def second_stream(device: torch.device) -> Iterator[Callable[[], Callable[[], None]]]:
+    """Launch on a second stream while a graph is recorded, else on the same one.
+
+    Yields:
+        What marks how far the launches have come, and returns what makes the first stream wait for that.
+    """
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        yield lambda: lambda: None
+        return
+    first, second = torch.cuda.current_stream(device), own_stream(device, 1)
+
+    def mark() -> Callable[[], None]:
+        event = torch.cuda.Event()
+        event.record(second)
+        return lambda: first.wait_event(event)
+
+    second.wait_stream(first)
+    with torch.cuda.stream(second):
+        yield mark
 
 
 @contextlib.contextmanager
@@ -267,6 +333,7 @@ def without_garbage_collection() -> Iterator[None]:
 def record(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
     """Record the launches of ``run``, which has run before, as a CUDA graph; return what replays it."""
     graph, stream = torch.cuda.CUDAGraph(), own_stream(device)
+    own_stream(device, 1)  # made now, for while launches are recorded nothing should be
     stream.wait_stream(torch.cuda.current_stream(device))
     with _capturing, without_garbage_collection(), torch.cuda.device(device), torch.cuda.stream(stream):
         # Other threads may go on allocating.
@@ -285,11 +352,8 @@ def record(run: Callable[[], object], device: torch.device) -> Callable[[], None
 class GraphedChunk:
     """Workspace for chunks of one size, with what their graph reads: it holds addresses, not values."""
 
-    def __init__(
-        self, rows: int, constants: Constants, dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.constants, self.device = constants, device
-        self.workspace = Workspace(rows, dim, dtype, device)
+    def __init__(self, workspace: Workspace, constants: Constants) -> None:
+        self.constants, self.workspace, self.device = constants, workspace, workspace.state.device
         self.seen = False
         self.own_per_image: list[Tensor] = []
         self.own_per_chunk: list[Tensor] = []
@@ -434,6 +498,7 @@ class GpuWalk(Walk):
         sources = (*cache.keys, *cache.values, *cache.tokens)
         rows = spans.longest * max(g.stop - g.start for g in groups)
         last = len(self.constants.blocks)
+        beside = self._film_beside(rows)
         with plain_modes(self.device):
             cache = cache.to(self.dtype)
             decoders = {depth: self.decoders[depth] for depth in decoding.depths}
@@ -442,7 +507,7 @@ class GpuWalk(Walk):
                 decoders[last] = fold_decoder(DecoderWeights(*(t.detach().to(self.dtype) for t in head)))
             graphed, graphed_shape, workspace = None, None, None
             if scratch_bytes is not None or not wants_graph(self.device, decoding.depths, last):
-                workspace = Workspace(rows, self.dim, self.dtype, self.device)
+                workspace = self._workspace(rows, beside and scratch_bytes is None)
 
         def step(chunk: Chunk, out: Sequence[Tensor]) -> Sequence[Tensor]:
             nonlocal graphed, graphed_shape, workspace
@@ -452,7 +517,7 @@ class GpuWalk(Walk):
             shape = (coords.shape[0], coords.dtype, *cache.token_grid, *rows_of)
             with plain_modes(self.device), compiled_kernels(compiled):
                 if workspace is None:
-                    graphed, graphed_shape = self._graphed_chunk(rows, (*shape, compiled)), shape
+                    graphed, graphed_shape = self._graphed_chunk(rows, beside, (*shape, compiled)), shape
                     workspace = graphed.workspace
                 replays = graphed is not None and shape == graphed_shape
                 replays = replays and coords.shape[0] * coords.shape[1] == rows
@@ -466,7 +531,20 @@ class GpuWalk(Walk):
 
         return step
 
-    def _graphed_chunk(self, rows: int, shape: tuple[object, ...]) -> GraphedChunk:
+    def _film_beside(self, rows: int) -> bool:
+        """Whether FiLM MLPs run beside the other kernels: few rows leave multiprocessors idle, and need little memory.
+
+        So few are not for one compiled kernel, which adds to the state itself (``kernels.cuda.fills_waves``).
+        """
+        return 3 * rows <= self.settings.usual_chunk(self.dim)
+
+    def _workspace(self, rows: int, beside: bool) -> Workspace:
+        """Memory for chunks of a size."""
+        blocks = self.constants.blocks
+        width = blocks[0].position.first.weight.shape[1]
+        return Workspace(rows, self.dim, width, self.dtype, self.device, len(blocks) if beside else 0)
+
+    def _graphed_chunk(self, rows: int, beside: bool, shape: tuple[object, ...]) -> GraphedChunk:
         """That of this thread and stream for chunks of a size and shape; those used least make room."""
         device = self.device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -475,7 +553,7 @@ class GpuWalk(Walk):
         with self._lock:
             graphed = self._graphed.pop(key, None)
             if graphed is None:
-                graphed = GraphedChunk(rows, self.constants, self.dim, self.dtype, device)
+                graphed = GraphedChunk(self._workspace(rows, beside), self.constants)
             own = [k for k in self._graphed if k[:3] == owner]
             while own and graphed.nbytes + sum(self._graphed[k].nbytes for k in own) > GRAPH_BYTES:
                 del self._graphed[own.pop(0)]
