@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, brief
+from .images import write_atomically
 
 
 def digest_file(path: Path) -> str:
@@ -65,6 +67,19 @@ def read_record(path: Path) -> dict[str, Any]:
     except InputError:
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all, and let it reach the disk."""
+    text = json.dumps(value, indent=1) + "\n"
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    write_atomically(path, write)
 
 
 def byte_size(count: float) -> str:

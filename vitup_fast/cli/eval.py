@@ -27,8 +27,7 @@ from ..evaluation import (
 )
 from ..evaluation.faithfulness import SCALES
 from ..evaluation.features import BUILT_IN
-from ..evaluation.files import write_json
-from ..files import digest_tensors
+from ..files import digest_tensors, write_json
 from ..images import write_atomically
 from ..network.backbone import Backbone
 from ..network.model import check_size

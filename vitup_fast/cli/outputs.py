@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -13,8 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError, brief, expected, require
-from ..files import byte_size, read_record
-from ..images import write_atomically
+from ..files import byte_size, read_record, write_json
 from ..pictures import is_picture
 
 PICTURE_SUFFIX = "_pca.png"
@@ -209,7 +207,7 @@ def forget(target: Target) -> None:
     made = read_record(target.record)
     names = {file.name for file in target.files}
     if names & made.keys():
-        _write_record(target.record, {name: made[name] for name in made.keys() - names})
+        write_json(target.record, {name: made[name] for name in made.keys() - names})
 
 
 def remember(target: Target, settings: dict[str, Any]) -> None:
@@ -220,13 +218,7 @@ def remember(target: Target, settings: dict[str, Any]) -> None:
     """
     made = read_record(target.record)
     made |= {file.name: {**settings, "bytes": file.stat().st_size} for file in target.files}
-    _write_record(target.record, made)
-
-
-def _write_record(path: Path, made: dict[str, Any]) -> None:
-    """Write a record, whole or not at all."""
-    text = json.dumps(made, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+    write_json(target.record, made)
 
 
 def _reason(error: Exception) -> str:

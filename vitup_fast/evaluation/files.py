@@ -33,12 +33,6 @@ def digest(*parts: object) -> str:
     return found.hexdigest()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
-
-
 class Journal:
     """Results of finished steps, kept in a file, so that a run that was cut off goes on where it was.
 

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 
 from .. import __version__
 from ..errors import InputError, expected, require
+from ..files import write_json
 from ..images import read_image
 from ..ops.checks import check_count
 from ..pictures import pictures_below, read_sound
-from .files import shown, write_json
+from .files import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError, MissingPackageError, brief, expected, require
-from ..files import digest_file, digest_tensors, read_record
+from ..files import digest_file, digest_tensors, read_record, write_json
 from ..images import write_atomically
 from ..upsampler import Upsampler
 from .answers import Answers, Product, read_basis
@@ -31,7 +31,6 @@ from .resume import (
     alone,
     digest_input,
     make_folder,
-    write_json,
 )
 from .run import Estimate, Options, Summary, check_space, compute, finished_before, read_answers
 from .work import Pixels, Source, ahead, fill_window, give_back

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, brief, expected
-from ..files import digest_file, read_record
-from ..images import write_atomically
+from ..files import digest_file, read_record, write_json
 
 RECORD = "settings.json"
 PARTS = "parts"
@@ -30,19 +29,6 @@ def digest_input(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     known = record.get("input stamp") == stamp and record.get("input path") == str(path.resolve())
     content = record["input"] if known and not path.is_dir() else digest_file(path)
     return {"input": content, "input stamp": stamp, "input path": str(path.resolve())}
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all, and let it reach the disk."""
-    text = json.dumps(value, indent=1) + "\n"
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-
-    write_atomically(path, write)
 
 
 class Progress:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import InputError, brief, expected, require
-from ..files import byte_size, digest_file, digest_tensors, read_record
+from ..files import byte_size, digest_file, digest_tensors, read_record, write_json
 from ..heads import head_parameters
 from ..network.adaptive import AdaptiveReport, check_tolerance
 from ..upsampler import Upsampler
@@ -53,7 +53,6 @@ from .resume import (
     alone,
     digest_input,
     make_folder,
-    write_json,
 )
 from .work import Job, Pixels, Source, Spent, missing_blocks, part_name, seconds_per_window
 from .write import (
