@@ -112,7 +112,7 @@ def product_cost(name: str, values: dict[str, Any], machine: Machine, capability
 # The compiled product of csrc/cuda/linear_kernel.cuh: rows of a thread block's tile, inner columns of a slot, and slots
 # that one consumer leads the other by in tiles of so many columns.
 COMPILED_ROWS, COMPILED_DEPTH, COMPILED_LEAD = cuda.LINEAR_ROWS // 2, 64, {256: 2, 192: 3}
-# Instructions for a number at the end of a tile, as in tiles.py; counted in the code of sm_90a 7 to 15 are executed.
+# Instructions for a number at the end of a tile, as in tiles.py; counted in the code of sm_90a 4 to 14 are executed.
 EPILOGUE_INSTRUCTIONS = 16
 
 
