@@ -636,6 +636,22 @@ def test_where_products_run_compiled(fake_gpu):
     assert fits() is None
 
 
+def test_products_run_compiled_where_their_operation_does(generator, monkeypatch):
+    """What was measured of an operation decides over its own products, and norm_linear over all others."""
+    asked = []
+    monkeypatch.setattr(compiled, "fits_linear", lambda operation, *_: asked.append(operation))
+    sizes = Sizes(B=1, N=5, D=768)
+    with common.recorded_launches(("", 90)):
+        for name in ("residual_mlp", "norm_linear"):
+            given = OPERATIONS[name].inputs(sizes, generator, dtype=torch.bfloat16)
+            OPERATIONS[name].function(**given, impl="triton")
+        mlp = fold_mlp(*OPERATIONS["residual_mlp"].inputs(sizes, generator, dtype=torch.bfloat16)["weights"])
+        rows, grid = torch.empty(1, 5, 768).bfloat16(), torch.empty(1, 2, 2, 768).bfloat16()
+        modulation = Modulation(torch.empty(5, 1536), torch.empty(1, 5, 2), None, None)
+        film_mlp(rows, grid, modulation, mlp, (mlp.first.bias, mlp.first.bias), FilmBuffers())
+    assert asked == ["residual_mlp", "residual_mlp", "norm_linear", "film_mlp", "film_mlp"]
+
+
 # Of tiles of 256 rows for 66 clusters: the width whose rounds are full, and none where most clusters would idle.
 @pytest.mark.parametrize(
     ("M", "N", "columns"),

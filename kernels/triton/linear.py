@@ -563,7 +563,8 @@ def linear(
     buffer, dtype = (scratch, x.dtype) if norm_apart else (out, out_dtype)
     width = None
     if possible and (norm_apart or out_norm is None):
-        width = cuda.fits_linear(operation, x, N, dtype, multiprocessors(x.device), added, buffer)
+        others = (layer.weight, added, buffer)
+        width = cuda.fits_linear(operation, x, N, dtype, multiprocessors(x.device), *others)
     if width is not None:
         y, new_moments = in_buffer(buffer, (M, N), dtype, x), None
         if measured:
