@@ -61,7 +61,7 @@ EXPECTATIONS: Mapping[str, Expectation] = {
     r"rows_kernel<": Expectation(128),
     r"segment_sum_kernel<\w+, Shape<\d+, \d+, true>": Expectation(256, ("LDG.E.128",)),
     r"segment_sum_kernel<": Expectation(256),
-    r"residual_mlp_fp8_sm90_kernel": Expectation(
+    r"(residual|film)_mlp_fp8_sm90_kernel": Expectation(
         384, ("QGMMA", "UTMALDG"), dynamic_shared=225280, only=("90a",)
     ),
     r"linear_sm90_kernel<\w+<256": Expectation(

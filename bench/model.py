@@ -324,7 +324,8 @@ class OneKernelMLP(NamedTuple):
 
 # Its sizes, and instructions that a warp of it executes for a tile beside its products, counted in the code of sm_90a.
 MLP_DIM, MLP_ROWS, MLP_CHUNK = 384, 128, 32
-MLP_INSTRUCTIONS, FILM_INSTRUCTIONS, FP8_INSTRUCTIONS = 3500, 7050, 3200
+MLP_INSTRUCTIONS, FILM_INSTRUCTIONS = 3500, 7050
+MLP_FP8_INSTRUCTIONS, FILM_FP8_INSTRUCTIONS = 3200, 5050
 
 
 def values_of(launch: common.Launch) -> dict[str, Any]:
@@ -337,7 +338,7 @@ def with_one_kernel_mlps(
 ) -> list[common.Launch | OneKernelMLP]:
     """The launches of ``impl="cuda"`` on Hopper: an MLP's are one where the kernel takes its dtype, width and rows.
 
-    With ``fp8`` those of ``impl="cuda_fp8"``: all residual MLPs of that width are, with 8-bit products.
+    With ``fp8`` those of ``impl="cuda_fp8"``: all MLPs of that width are, with 8-bit products.
     """
     found: list[common.Launch | OneKernelMLP] = []
     # Both products of an MLP, gathering before and a LayerNorm in a pass of its own after them.
@@ -355,8 +356,7 @@ def with_one_kernel_mlps(
         )
         before = values_of(found[-1]) if found and isinstance(found[-1], common.Launch) else {}
         gathers = "p_gamma_beta" in before and before["p_out"].data_ptr() == first["p_x"].data_ptr()
-        quantised = fp8 and not gathers
-        if not is_mlp or not (quantised or cuda.fills_waves(first["M"], machine.multiprocessors)):
+        if not is_mlp or not (fp8 or cuda.fills_waves(first["M"], machine.multiprocessors)):
             found.append(launch)
             continue
         waiting.pop(0)
@@ -364,9 +364,9 @@ def with_one_kernel_mlps(
         if gathers:
             token, film = film_rows(before)
             found.pop()
-            if not second["OUT_NORM"]:
+            if not second["OUT_NORM"] and waiting[0].kernel.fn.__name__ == "add_layer_norm_kernel":
                 waiting.pop(0)
-        found.append(OneKernelMLP(first["M"], first["N"], token, film, quantised))
+        found.append(OneKernelMLP(first["M"], first["N"], token, film, fp8))
     return found
 
 
@@ -404,9 +404,9 @@ def mlp_cost(mlp: OneKernelMLP, machine: Machine) -> Cost:
     shared = (rows * D * itemsize + 6 * weights) / machine.shared
     chunk = max(products, shared, weights / share) + turns * machine.turn
     # Four schedulers issue for a warp of each consumer.
-    instructions, gathered = 2.0 * (FP8_INSTRUCTIONS if mlp.fp8 else MLP_INSTRUCTIONS), 0.0
+    instructions, gathered = 2.0 * (MLP_FP8_INSTRUCTIONS if mlp.fp8 else MLP_INSTRUCTIONS), 0.0
     if mlp.film is not None:
-        instructions = 2.0 * FILM_INSTRUCTIONS
+        instructions = 2.0 * (FILM_FP8_INSTRUCTIONS if mlp.fp8 else FILM_INSTRUCTIONS)
         gathered = distinct(mlp.token) * D * 2 + distinct(mlp.film) * D * 8
     tile = chunks * chunk + instructions + gathered / share
     traffic = tiles_of * (2 * rows * D * 2 + E / MLP_CHUNK * weights + gathered)
@@ -531,7 +531,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add(
         "--fp8",
         action="store_true",
-        help="the same with residual MLPs in 8 bits, as impl='cuda_fp8' has them",
+        help="the same in 8 bits, as impl='cuda_fp8' has them",
     )
     add("--compiled", action="store_true", help="with the compiled product for compute capability 9.0")
     add("--json", type=Path, metavar="PATH", help="write the figures to this file")
@@ -554,7 +554,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             title = f"ViT-Up D={config.dim}, {call}, {options.dtype}"
             if (options.one_kernel or options.fp8) and call in forward:
                 launches = with_one_kernel_mlps(launches, machine, options.fp8)
-                title += ", MLPs in one kernel" + ", residual ones in e4m3" * options.fp8
+                title += ", MLPs in one kernel" + ", in e4m3" * options.fp8
             found.append(predict(title, launches, machine, options.sm, options.compiled))
             print(found[-1].table() + "\n", flush=True)
     if options.json is not None:

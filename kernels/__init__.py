@@ -37,7 +37,7 @@ def _gpu_kernels(operation: str, *compiled: str, forward: str = "forward") -> Ke
 
 def _fp8_kernels(operation: str) -> Kernels:
     """Those of ``"cuda"``, forward only, with 8-bit products where there are some."""
-    forward = "forward_fp8" if operation == "residual_mlp" else "forward"
+    forward = "forward_fp8" if operation in ("residual_mlp", "film_mlp") else "forward"
     return _gpu_kernels(operation, *COMPILED, forward=forward)._replace(backward=_no_backward)
 
 

@@ -37,7 +37,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
 # These learn their number of rows from the launch's grid.
 COUNTED_BY_GRID = ("bilinear_sample_grid_backward_kernel", "segment_sum_kernel")
 RESIDUAL_MLP, FILM_MLP = "residual_mlp_sm90", "film_mlp_sm90"
-RESIDUAL_MLP_FP8 = "residual_mlp_fp8_sm90"
+RESIDUAL_MLP_FP8, FILM_MLP_FP8 = "residual_mlp_fp8_sm90", "film_mlp_fp8_sm90"
 # Most that an e4m3 number holds, what the kernel multiplies normalised rows by, and its hidden columns at a time.
 E4M3_MOST, NORMED_SCALE, FP8_CHUNK = 448.0, 16.0, 32
 LINEAR = "linear_sm90"
@@ -110,7 +110,7 @@ def _on_hopper(device: torch.device) -> bool:
 
 def residual_mlp(
     x: Tensor,  # [M, D]
-    weights: tuple[Tensor, Tensor, Tensor, Tensor],  # [E, D], [E], [D, E], [D]
+    mlp: tuple[Tensor, ...],  # [E, D], [E], [D, E], [D], or a QuantisedMLP
     out: Tensor,  # [M, D]
     out_moments: Tensor | None,  # [M, 1, 2]
 ) -> None:
@@ -119,8 +119,9 @@ def residual_mlp(
     Raises:
         KernelError: CUDA refuses the launch, or the kernel its arguments; names the kernel and its sizes.
     """
-    (M, D), E = x.shape, weights[0].shape[0]
-    _call(RESIDUAL_MLP, x, (x, *weights, out, out_moments), (M, D, E))
+    (M, D), E, scales = x.shape, mlp[0].shape[0], mlp[4:]
+    tensors = (x, *mlp[:4], out, out_moments, *scales)
+    _call(RESIDUAL_MLP_FP8 if scales else RESIDUAL_MLP, x, tensors, (M, D, E))
 
 
 def film_mlp(
@@ -129,7 +130,7 @@ def film_mlp(
     gamma_beta: Tensor,  # [R, 2 D] float32, or [B * N, 2 D] without a table
     pointers: tuple[Tensor, Tensor, Tensor],  # as modulate_kernel takes them
     table: bool,
-    weights: tuple[Tensor, Tensor, Tensor, Tensor],  # [E, D], [E], [D, E], [D]
+    mlp: tuple[Tensor, ...],  # [E, D], [E], [D, E], [D], or a QuantisedMLP
     out_norm: tuple[Tensor, Tensor],  # [D], [D]
     out: Tensor,  # [B * N, D]
     out_moments: Tensor | None,  # [B * N, 1, 2]
@@ -139,36 +140,26 @@ def film_mlp(
     Raises:
         KernelError: CUDA refuses the launch, or the kernel its arguments; names the kernel and its sizes.
     """
-    (B, N, D), E = x.shape, weights[0].shape[0]
-    tensors = (x, *weights, out, out_moments, tokens, gamma_beta, *pointers, *out_norm)
-    _call(FILM_MLP, x, tensors, (B * N, D, E, N, *tokens.shape[1:3], table))
-
-
-def residual_mlp_fp8(
-    x: Tensor,  # [M, D]
-    mlp: QuantisedMLP,
-    out: Tensor,  # [M, D]
-    out_moments: Tensor | None,  # [M, 1, 2]
-) -> None:
-    """The same with 8-bit products.
-
-    Raises:
-        KernelError: see :func:`residual_mlp`.
-    """
-    (M, D), E = x.shape, mlp.weight1.shape[0]
-    _call(RESIDUAL_MLP_FP8, x, (x, *mlp, out, out_moments), (M, D, E))
+    (B, N, D), E, scales = x.shape, mlp[0].shape[0], mlp[4:]
+    tensors = (x, *mlp[:4], out, out_moments, *scales, tokens, gamma_beta, *pointers, *out_norm)
+    _call(FILM_MLP_FP8 if scales else FILM_MLP, x, tensors, (B * N, D, E, N, *tokens.shape[1:3], table))
 
 
 class QuantisedMLP(NamedTuple):
-    """An MLP for the kernel with 8-bit products; ``weight * scale`` are the weights that are meant."""
+    """An MLP for kernels with 8-bit products; ``weight * scale`` are the weights that are meant."""
 
     weight1: Tensor  # [E, D] float8_e4m3fn
+    bias1: Tensor  # [E] float32
     weight2: Tensor  # [E / 32, D, 32] float8_e4m3fn, columns in the order of _operand_order
+    bias2: Tensor  # [D] float32
     scale1: Tensor  # [E] float32, for normalised rows that were multiplied by NORMED_SCALE
     scale2: Tensor  # [D] float32, for hidden values that were multiplied by hidden_scale
-    bias1: Tensor  # [E] float32
-    bias2: Tensor  # [D] float32
     hidden_scale: Tensor  # [1] float32
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """A contiguous tensor, copied if it lies where kernels cannot load 16 bytes at once."""
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def _operand_order(device: torch.device) -> Tensor:
@@ -204,11 +195,11 @@ def quantise_mlp(
     chunks = quantised2.view(torch.uint8).view(D, -1, FP8_CHUNK).transpose(0, 1).contiguous()
     return QuantisedMLP(
         quantised1.contiguous(),
+        bias1.contiguous(),
         chunks.view(torch.float8_e4m3fn),
+        bias2.contiguous(),
         scale1 / NORMED_SCALE,
         scale2 / hidden_scale,
-        bias1.contiguous(),
-        bias2.contiguous(),
         hidden_scale,
     )
 

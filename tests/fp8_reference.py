@@ -1,4 +1,4 @@
-"""What the residual MLP with 8-bit products computes, in PyTorch: the same roundings, exact sums."""
+"""What MLPs with 8-bit products compute, in PyTorch: the same roundings, exact sums."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from vitup_fast.kernels.cuda import FP8_CHUNK, NORMED_SCALE, QuantisedMLP, quantise_mlp
 
+from vitup_fast.ops.film_mlp import FilmWeights
 from vitup_fast.ops.primitives import LAYER_NORM_EPS, MLPWeights
 
 
@@ -32,15 +33,35 @@ def columns_of_operand() -> list[int]:
     return order
 
 
-def residual_mlp_fp8(x: Tensor, weights: MLPWeights, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The result before it is rounded, in ``dtype``."""
+def mlp_fp8(x: Tensor, weights: MLPWeights, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``W2 gelu(W1 LN(x) + b1) + b2`` in ``dtype``."""
     mlp = quantised(weights)
     weight2 = torch.empty(x.shape[-1], len(mlp.weight2), FP8_CHUNK, dtype=dtype)
     weight2[..., columns_of_operand()] = mlp.weight2.to(dtype).transpose(0, 1)
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=LAYER_NORM_EPS) * NORMED_SCALE
     normed = normed.to(torch.float8_e4m3fn).to(dtype)
-    hidden = (
-        F.gelu(F.linear(normed, mlp.weight1.to(dtype)) * mlp.scale1.to(dtype) + mlp.bias1) * mlp.hidden_scale
-    )
-    hidden = hidden.float().to(torch.float8_e4m3fn).to(dtype)
-    return x.to(dtype) + F.linear(hidden, weight2.flatten(1)) * mlp.scale2.to(dtype) + mlp.bias2
+    hidden = F.gelu(F.linear(normed, mlp.weight1.to(dtype)) * mlp.scale1.to(dtype) + mlp.bias1)
+    hidden = (hidden * mlp.hidden_scale).float().to(torch.float8_e4m3fn).to(dtype)
+    return F.linear(hidden, weight2.flatten(1)) * mlp.scale2.to(dtype) + mlp.bias2
+
+
+def residual_mlp_fp8(x: Tensor, weights: MLPWeights, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The result of the residual MLP before it is rounded, in ``dtype``."""
+    return x.to(dtype) + mlp_fp8(x, weights, dtype)
+
+
+def film_mlp_fp8(
+    x: Tensor,  # [B, N, D]
+    tokens: Tensor,  # [B, h, w, D]
+    modulation: tuple[Tensor, Tensor, Tensor],  # [R, 2 D], indices of tokens and of its rows, [B, N] each
+    weights: FilmWeights,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:  # [B, N, D]
+    """The result of the FiLM MLP before it is rounded, in ``dtype``."""
+    gamma_beta, token, row = modulation
+    gamma, beta = gamma_beta[row].chunk(2, -1)
+    gathered = tokens.flatten(1, 2).gather(1, token[..., None].expand_as(x)).float()
+    modulated = (gathered + gathered * gamma + beta).to(x.dtype)
+    local = mlp_fp8(modulated, weights.mlp, dtype)
+    norm = (t.to(dtype) for t in weights[1:])
+    return x.to(dtype) + F.layer_norm(local, x.shape[-1:], *norm, eps=LAYER_NORM_EPS)

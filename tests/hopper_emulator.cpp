@@ -724,6 +724,11 @@ void write(std::ofstream& file, const std::vector<Type>& values) {
   file.write(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(Type));
 }
 
+template <class Named>
+struct Type {
+  using type = Named;
+};
+
 constexpr std::uint32_t GUARD = 300;  // rows behind the results that nobody may touch
 
 // residual_mlp ... ROWS HIDDEN IN_PLACE
@@ -734,26 +739,44 @@ constexpr std::uint32_t GUARD = 300;  // rows behind the results that nobody may
 //        float32, weight [384] and bias [384] of the last LayerNorm as bfloat16, and where COORDS is
 //          0       indices of tokens [QUERIES] and of rows of [gamma, beta] [QUERIES] as int64
 //          32, 64  coordinates [ROWS, 2] in as many bits
-void residual_mlp(
-    std::ifstream& in, std::ofstream& out, const Run& run, const std::vector<std::uint32_t>& sizes, bool film) {
+// residual_mlp_fp8, film_mlp_fp8
+//   IN   has W1 [HIDDEN, 384] and W2 [HIDDEN / 32, 384, 32] as e4m3, and behind b2 the scales [HIDDEN] and [384] of both
+//        and that of hidden values [1] as float32
+void residual_mlp(std::ifstream& in, std::ofstream& out, const Run& run, const std::vector<std::uint32_t>& sizes,
+    bool film, bool fp8) {
   namespace mlp = vitup::residual_mlp;
   const std::uint32_t rows = sizes.at(0), hidden = sizes.at(1);
   constexpr std::uint32_t DIM = mlp::DIM;
   auto x = read<std::uint16_t>(in, std::size_t{rows} * DIM);
-  const auto weight1 = read<std::uint16_t>(in, hidden * DIM), weight2 = read<std::uint16_t>(in, hidden * DIM);
+  // Copies take pairs of 8-bit numbers, as wide as bfloat16 ones.
+  const std::size_t weights = hidden * DIM / (fp8 ? 2 : 1);
+  const auto weight1 = read<std::uint16_t>(in, weights), weight2 = read<std::uint16_t>(in, weights);
   const auto bias1 = read<float>(in, hidden), bias2 = read<float>(in, DIM);
+  const auto scale1 = read<float>(in, fp8 ? hidden : 0), scale2 = read<float>(in, fp8 ? DIM : 0);
+  const auto hidden_scale = read<float>(in, fp8 ? 1 : 0);
   std::vector<std::uint16_t> results((rows + GUARD) * DIM, 0xffff);
   std::vector<float> moments((rows + GUARD) * 2, NAN);
   const bool in_place = sizes.at(2);
   if (in_place) std::copy(x.begin(), x.end(), results.begin());
-  const mlp::Arguments arguments{{in_place ? results.data() : x.data(), rows, DIM, mlp::ROWS, mlp::WIDE},
-      {weight1.data(), hidden, DIM, mlp::CHUNK, mlp::WIDE},
-      {weight2.data(), DIM, hidden, DIM / mlp::CLUSTER, mlp::CHUNK}, bias1.data(), bias2.data(), results.data(),
-      moments.data(), rows, hidden};
-  const auto run_all = [&](const auto& all) {
+  const TensorMap whole[] = {{weight1.data(), hidden, DIM, mlp::CHUNK, mlp::WIDE},
+      {weight2.data(), DIM, hidden, DIM / mlp::CLUSTER, mlp::CHUNK}};
+  const TensorMap pairs[] = {{weight1.data(), hidden, DIM / 2, mlp::CHUNK / mlp::CLUSTER, mlp::fp8::SPAN / 2},
+      {weight2.data(), hidden / mlp::CHUNK * DIM, mlp::CHUNK / 2, DIM / mlp::CLUSTER, mlp::CHUNK / 2}};
+  const TensorMap(&maps)[2] = fp8 ? pairs : whole;
+  const mlp::Arguments arguments{{in_place ? results.data() : x.data(), rows, DIM, mlp::ROWS, mlp::WIDE}, maps[0], maps[1],
+      bias1.data(), bias2.data(), results.data(), moments.data(), rows, hidden};
+  const auto run_kernel = [&](auto shared_of, const auto& all) {
+    using Shared = typename decltype(shared_of)::type;
     for (std::uint32_t cluster = 0; cluster < run.clusters; ++cluster)
-      run_cluster<mlp::Shared>(run, cluster, mlp::THREADS,
-          [&](mlp::Shared& shared, const Place& at) { mlp::run_thread(all, shared, at); });
+      run_cluster<Shared>(
+          run, cluster, mlp::THREADS, [&](Shared& shared, const Place& at) { run_thread(all, shared, at); });
+  };
+  const auto run_all = [&](const auto& all) {
+    using Quantised = mlp::fp8::Quantised<std::decay_t<decltype(all)>>;
+    if (fp8)
+      run_kernel(Type<mlp::fp8::Shared>{}, Quantised{all, {scale1.data(), scale2.data(), hidden_scale.data()}});
+    else
+      run_kernel(Type<mlp::Shared>{}, all);
   };
   if (film) {
     const std::uint32_t queries = sizes.at(3), token_rows = sizes.at(4), token_columns = sizes.at(5);
@@ -769,36 +792,6 @@ void residual_mlp(
   } else {
     run_all(arguments);
   }
-  write(out, results);
-  write(out, moments);
-}
-
-// residual_mlp_fp8 ... ROWS HIDDEN IN_PLACE
-//   IN   x [ROWS, 384] as bfloat16, W1 [HIDDEN, 384] and W2 [HIDDEN / 32, 384, 32] as e4m3, their scales [HIDDEN] and [384],
-//        biases [HIDDEN] and [384] and the scale [1] of hidden values as float32
-//   OUT  as above
-void residual_mlp_fp8(std::ifstream& in, std::ofstream& out, const Run& run, const std::vector<std::uint32_t>& sizes) {
-  namespace mlp = vitup::residual_mlp;
-  const std::uint32_t rows = sizes.at(0), hidden = sizes.at(1);
-  constexpr std::uint32_t DIM = mlp::DIM;
-  auto x = read<std::uint16_t>(in, std::size_t{rows} * DIM);
-  // Copies take pairs of 8-bit numbers.
-  const auto weight1 = read<std::uint16_t>(in, hidden * DIM / 2), weight2 = read<std::uint16_t>(in, hidden * DIM / 2);
-  const auto scale1 = read<float>(in, hidden), scale2 = read<float>(in, DIM), bias1 = read<float>(in, hidden);
-  const auto bias2 = read<float>(in, DIM), hidden_scale = read<float>(in, 1);
-  std::vector<std::uint16_t> results((rows + GUARD) * DIM, 0xffff);
-  std::vector<float> moments((rows + GUARD) * 2, NAN);
-  const bool in_place = sizes.at(2);
-  if (in_place) std::copy(x.begin(), x.end(), results.begin());
-  const mlp::fp8::QuantisedArguments arguments{
-      {{in_place ? results.data() : x.data(), rows, DIM, mlp::ROWS, mlp::WIDE},
-          {weight1.data(), hidden, DIM / 2, mlp::CHUNK / mlp::CLUSTER, mlp::fp8::SPAN / 2},
-          {weight2.data(), hidden / mlp::CHUNK * DIM, mlp::CHUNK / 2, DIM / mlp::CLUSTER, mlp::CHUNK / 2}, bias1.data(),
-          bias2.data(), results.data(), moments.data(), rows, hidden},
-      scale1.data(), scale2.data(), hidden_scale.data()};
-  for (std::uint32_t cluster = 0; cluster < run.clusters; ++cluster)
-    run_cluster<mlp::fp8::Shared>(run, cluster, mlp::THREADS,
-        [&](mlp::fp8::Shared& shared, const Place& at) { mlp::fp8::run_thread(arguments, shared, at); });
   write(out, results);
   write(out, moments);
 }
@@ -859,9 +852,10 @@ int main(int count, char** words) {
   const Run run{static_cast<std::uint32_t>(std::atoi(words[4])), std::strtoull(words[5], nullptr, 10), words[6]};
   std::vector<std::uint32_t> sizes;
   for (int i = 7; i < count; ++i) sizes.push_back(std::atoi(words[i]));
-  if (kernel == "residual_mlp") return residual_mlp(in, out, run, sizes, false), 0;
-  if (kernel == "film_mlp") return residual_mlp(in, out, run, sizes, true), 0;
-  if (kernel == "residual_mlp_fp8") return residual_mlp_fp8(in, out, run, sizes), 0;
+  if (kernel == "residual_mlp") return residual_mlp(in, out, run, sizes, false, false), 0;
+  if (kernel == "film_mlp") return residual_mlp(in, out, run, sizes, true, false), 0;
+  if (kernel == "residual_mlp_fp8") return residual_mlp(in, out, run, sizes, false, true), 0;
+  if (kernel == "film_mlp_fp8") return residual_mlp(in, out, run, sizes, true, true), 0;
   if (kernel == "linear") return linear(in, out, run, sizes), 0;
   return 2;
 }

@@ -27,15 +27,18 @@ from vitup_fast.testing import OPERATIONS, Sizes, assert_within_budget, cast, re
 D, GUARD = 384, 300
 
 
-def emulate(emulator, x, weights, *, film=((), ()), clusters=1, seed=0, in_place=False, fault="none"):
+def emulate(
+    emulator, x, weights, *, film=((), ()), clusters=1, seed=0, in_place=False, fault="none", fp8=False
+):
     """Results and moments of the kernel for rows ``[N, D]``, and what it did to memory beyond them.
 
-    ``film`` makes it the FiLM MLP: further sizes and tensors.
+    ``film`` makes it the FiLM MLP: further sizes and tensors. With ``fp8`` its products are of 8-bit numbers.
     """
-    layers = fold_mlp(*weights)
-    rows, hidden = x.shape[0], layers.first.weight.shape[0]
-    tensors = (x, layers.first.weight, layers.second.weight, layers.first.bias, layers.second.bias, *film[1])
-    sizes, kernel = (rows, hidden, int(in_place), *film[0]), "film_mlp" if film[0] else "residual_mlp"
+    weight1, bias1, weight2, bias2, *scales = fold_mlp(*weights, fp8=fp8).one_kernel
+    rows, hidden = x.shape[0], weight1.shape[0]
+    tensors = (x, weight1, weight2, bias1, bias2, *scales, *film[1])
+    kernel = ("film_mlp" if film[0] else "residual_mlp") + "_fp8" * fp8
+    sizes = (rows, hidden, int(in_place), *film[0])
     written, error = emulator(kernel, tensors, sizes, clusters, seed, fault)
     if error is not None:
         return SimpleNamespace(error=error)
@@ -204,9 +207,9 @@ def test_mistakes_show(emulator, kind, fault):
 def test_registers(ptxas_output):
     output = ptxas_output("residual_mlp.cu", "-fmad=false")
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output)
-    assert frames == [("0", "0", "0")] * 2
+    assert frames == [("0", "0", "0")] * 4
     # What 384 threads may have at the start; consumers then take what producers give.
-    assert re.findall(r"Used (\d+) registers", output) == ["168"] * 2
+    assert re.findall(r"Used (\d+) registers", output) == ["168"] * 4
 
 
 def test_products_are_not_serialised(ptxas_output):

@@ -7,19 +7,20 @@ patches.
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8_reference import residual_mlp_fp8
+from fp8_reference import mlp_fp8
 from PIL import Image
 from safetensors.torch import load_file
 
 import vitup_fast
 from vitup_fast.evaluation.faithfulness import middle_square
 from vitup_fast.images import normalise
-from vitup_fast.walks import operators
+from vitup_fast.walks.operators import OperatorsWalk
 
 ROOT = Path(__file__).parent.parent
 SIDE = 448
@@ -108,14 +109,15 @@ def test_int8_keeps_the_gain(photograph, features):
 
 
 @torch.no_grad()
-def test_fp8_residual_mlps_keep_the_gain(photograph, features, monkeypatch):
+def test_fp8_keeps_the_gain(photograph, features, monkeypatch):
     """The roundings of ``cuda_fp8``, as PyTorch computes them, in bfloat16."""
 
-    def rounded(x, weights, impl):
-        return residual_mlp_fp8(x, weights, torch.float32).to(torch.bfloat16)
+    def rounded(x, weights, **residual):
+        return (mlp_fp8(x, weights, torch.float32) + residual.get("residual", 0)).to(torch.bfloat16)
 
-    monkeypatch.setattr(operators, "residual_mlp", rounded)
-    monkeypatch.setattr(vitup_fast.walks, "WALKS", (operators.OperatorsWalk,))
+    for operation in ("residual_mlp", "film_mlp"):
+        monkeypatch.setattr(importlib.import_module(f"vitup_fast.ops.{operation}"), "mlp", rounded)
+    monkeypatch.setattr(vitup_fast.walks, "WALKS", (OperatorsWalk,))
     vit_up, size = photograph.upsampler.vit_up, photograph.teacher.shape[:2]
     with torch.autocast("cpu", torch.bfloat16):
         low = vit_up.dense(photograph.prepare(impl="torch"), size, impl="torch")[0]

@@ -40,13 +40,34 @@ struct FilmMLPSm90 : ResidualMLPSm90 {
   static constexpr const char* NAME = "film_mlp_sm90_kernel";
 };
 
+// What kernels with products of 8-bit numbers (e4m3: 4 bits of exponent, 3 of mantissa) take beside. Then weight1 is
+// [hidden, dim] and weight2 [hidden / 32, dim, 32] of these, its columns in the order that hopper_layout.h tells;
+// vitup_fast.kernels.cuda.quantise_mlp makes them.
+struct Fp8Scales {
+  const void* scale1;        // [hidden] float32: weight1 * scale1 * 16 is meant
+  const void* scale2;        // [dim] float32: weight2 * scale2 * hidden_scale is meant
+  const void* hidden_scale;  // [1] float32; hidden values times it should be within 448, and are cut off there
+};
+
+struct ResidualMLPFp8Sm90 : ResidualMLPSm90, Fp8Scales {
+  static constexpr const char* NAME = "residual_mlp_fp8_sm90_kernel";
+};
+
+struct FilmMLPFp8Sm90 : FilmMLPSm90, Fp8Scales {
+  static constexpr const char* NAME = "film_mlp_fp8_sm90_kernel";
+};
+
 // Throws std::invalid_argument for sizes and addresses that the kernel does not take; names the kernel and the sizes.
 void check_arguments(const ResidualMLPSm90& arguments);
 void check_arguments(const FilmMLPSm90& arguments);
+void check_arguments(const ResidualMLPFp8Sm90& arguments);
+void check_arguments(const FilmMLPFp8Sm90& arguments);
 
 // Launch it, with arguments that have been checked, on a stream of the current device; neither allocates nor waits.
 // Throws std::runtime_error for a GPU that it does not run on and for what CUDA refuses; names the kernel and the sizes.
 void run(const ResidualMLPSm90& arguments, cudaStream_t stream);
 void run(const FilmMLPSm90& arguments, cudaStream_t stream);
+void run(const ResidualMLPFp8Sm90& arguments, cudaStream_t stream);
+void run(const FilmMLPFp8Sm90& arguments, cudaStream_t stream);
 
 }  // namespace vitup::cuda

@@ -1,12 +1,13 @@
-// The residual MLP of residual_mlp_kernel.cuh with products of 8-bit numbers (e4m3), for half the bytes and half the time of
-// the matrix units. Compiled, reviewed and run by the tests' emulator; never run on a GPU.
+// The MLPs of residual_mlp_kernel.cuh with products of 8-bit numbers (e4m3), for half the bytes and half the time of the
+// matrix units. Compiled, reviewed and run by the tests' emulator; never run on a GPU.
 //
 // Threads, rows, turns and most barriers are as there. What differs:
 //   numbers   Normalised rows are at most sqrt(384) large: 16 times them is rounded to e4m3. Hidden values are scaled by what
-//             the host found from a bound of them. W1 is scaled by row of it, W2 by output. Residual, LayerNorm, biases and
-//             GELU are in float32.
+//             the host found from a bound of them. W1 has a scale for each row, W2 for each output. LayerNorms, biases, GELU
+//             and residuals are in float32.
 //   sums      These products keep 13 bits (hopper.cuh), so sums begin with zeros and meet the residual at the end. Rows of x
-//             stay in shared memory until then, beside the normalised ones; the next arrive behind the stores.
+//             stay in shared memory until then, beside the normalised ones; the next arrive behind the stores. The FiLM MLP
+//             gathers m to where x comes once m is normalised.
 //   columns   A thread's hidden values are the operand that it needs where columns of W2 are in the order that
 //             hopper_layout.h tells; the host puts them so, in blocks of 32 that a copy brings in one piece.
 //   turns     A turn is the product of one chunk with W2 and that of the next with W1, so that a consumer waits once a chunk:
@@ -16,11 +17,13 @@
 //   full[slot]    [1 arrival + 12288 bytes], empty[slot], x_full[w], turn[w] as there.
 //   x_empty[w]    [4 arrivals: warps]  consumer w -> row producer, when x was added to the sums; begins free. So x_full tells
 //                 a consumer too that its last tile's products have read the normalised rows, which it may write then.
+//                 Of the FiLM MLP, when m is normalised; begins not free. A warp writes m and the normalised rows of its own
+//                 products alone, which it has waited for.
 // No deadlock: order turns by tile, chunk, consumer, and follow the argument there: whatever was in a slot before was read in
 // an earlier turn of all four consumers.
 //
 // Registers: as there, wgmma's are 192 + 16 + 4 of them. Shared memory: 96 KiB of rows + 48 KiB of normalised ones + 72 KiB of
-// weights + 160 bytes of barriers, of 227 KiB.
+// weights + 3 KiB of scales and biases + 144 bytes of barriers, of 227 KiB.
 #pragma once
 
 #include "residual_mlp_kernel.cuh"
@@ -33,12 +36,15 @@ constexpr std::uint32_t NORMED_STRIP_BYTES = ROWS * SPAN, W1_STRIP_BYTES = CHUNK
 constexpr std::uint32_t SLOTS = 6, SLOT_BYTES = DIM * CHUNK;
 constexpr float NORMED_SCALE = 16;  // 16 sqrt(384) < 448
 
-// weight1 is [hidden, DIM], weight2 [hidden / CHUNK, DIM, CHUNK] of e4m3, two numbers in the place of a bfloat16 one.
-struct QuantisedArguments : Arguments {
+struct Scales {
   const float* scale1;        // [hidden], what a sum of products with W1 counts
   const float* scale2;        // [DIM], what a sum of products with W2 counts
   const float* hidden_scale;  // [1], what hidden values are multiplied by
 };
+
+// weight1 is [hidden, DIM], weight2 [hidden / CHUNK, DIM, CHUNK] of e4m3, two numbers in the place of a bfloat16 one.
+template <class AnyArguments>
+struct Quantised : AnyArguments, Scales {};
 
 struct alignas(1024) Shared {
   unsigned char x[CONSUMERS][STRIPS][X_STRIP_BYTES];
@@ -52,7 +58,7 @@ struct alignas(1024) Shared {
 static_assert(sizeof(Shared) <= 227 * 1024, "a thread block has 227 KiB of shared memory");
 
 // One thread: stream all weights once for every tile, half of the rows in each slot, to both thread blocks.
-VITUP_DEVICE void produce_weights(const QuantisedArguments& a, Shared& shared, const Place& at) {
+VITUP_DEVICE void produce_weights(const Arguments& a, Shared& shared, const Place& at) {
   constexpr std::uint16_t BOTH = (1 << CLUSTER) - 1;
   constexpr std::uint32_t PAIRS = 2;  // copies count pairs of 8-bit numbers
   const std::uint32_t half1 = at.block * (CHUNK / CLUSTER), half2 = at.block * (DIM / CLUSTER);
@@ -78,7 +84,7 @@ VITUP_DEVICE void produce_weights(const QuantisedArguments& a, Shared& shared, c
 }
 
 // Normalise a consumer's rows: a thread has a quarter of two, `half` 0 and 1, 16 columns of each strip of x.
-VITUP_DEVICE void normalise_rows(const unsigned char (&x)[STRIPS][X_STRIP_BYTES],
+VITUP_DEVICE void normalise_rows(const Rows& x,
     unsigned char (&normed)[NORMED_STRIPS][NORMED_STRIP_BYTES], std::uint32_t thread) {
   const std::uint32_t row = accumulator_row(thread), quarter = thread % 4;
   std::uint32_t pairs[STRIPS][2][8];
@@ -125,20 +131,22 @@ VITUP_DEVICE void normalise_rows(const unsigned char (&x)[STRIPS][X_STRIP_BYTES]
   }
 }
 
-// Turn a consumer's sums into results: scale them, add bias2 and x.
-VITUP_DEVICE void add_residual(
-    const Shared& shared, Sums& sums, const unsigned char (&x)[STRIPS][X_STRIP_BYTES], std::uint32_t thread) {
+// Scale a consumer's sums, add bias2, and x where that is the residual.
+template <bool RESIDUAL>
+VITUP_DEVICE void complete_sums(const Shared& shared, Sums& sums, const Rows& x, std::uint32_t thread) {
   const std::uint32_t column = accumulator_column(thread);
   const std::uint32_t first = strip_offset<WIDE * 2>(accumulator_row(thread), column);
 #pragma unroll
   for (int piece = 0; piece < WIDE / 8; ++piece) {
 #pragma unroll
     for (int strip = 0; strip < STRIPS; ++strip) {
-      const std::uint32_t at = strip * WIDE + piece * 8;
-      const Pair scale = load_shared_pair(&shared.scale2[column] + at), bias = load_shared_pair(&shared.bias2[column] + at);
+      const std::uint32_t from = strip * WIDE + piece * 8;
+      const Pair scale = load_shared_pair(&shared.scale2[column] + from);
+      const Pair bias = load_shared_pair(&shared.bias2[column] + from);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const std::uint32_t pair = load_shared(&x[strip][(first ^ (piece * 16)) + half * 8 * WIDE * 2]);
+        const std::uint32_t pair =
+            RESIDUAL ? load_shared(&x[strip][(first ^ (piece * 16)) + half * 8 * WIDE * 2]) : 0;
         float* sum = &sums[strip / 2][strip % 2 * (WIDE / 2) + 4 * piece + 2 * half];
         sum[0] = fmaf(sum[0], scale.of[0], low_bfloat16(pair) + bias.of[0]);
         sum[1] = fmaf(sum[1], scale.of[1], high_bfloat16(pair) + bias.of[1]);
@@ -151,7 +159,8 @@ VITUP_DEVICE void add_residual(
 }
 
 // A warpgroup: compute 64 rows of every tile.
-VITUP_DEVICE void consume(const QuantisedArguments& a, Shared& shared, const Place& at, std::uint32_t w) {
+template <class AnyArguments>
+VITUP_DEVICE void consume(const AnyArguments& a, Shared& shared, const Place& at, std::uint32_t w) {
   const std::uint32_t thread = at.thread % WARPGROUP, lane = thread % 32, column = accumulator_column(thread);
   const std::uint32_t weights = shared_address(shared.weights);
   const std::uint64_t normed = operand_descriptor<SPAN>(shared_address(shared.normed[w]));
@@ -229,12 +238,22 @@ VITUP_DEVICE void consume(const QuantisedArguments& a, Shared& shared, const Pla
     keep_in_place(hidden);
   };
 
+  const auto leave_x = [&] {
+    warp_sync();
+    if (lane == 0) barrier_arrive(shared.x_empty[w]);
+  };
+
   for (std::uint32_t count = 0;; ++count) {
     const std::uint32_t tile = (count * at.clusters + at.cluster) * CLUSTER_ROWS;
     if (tile >= a.rows) break;
-    barrier_wait(shared.x_full[w], count % 2);
+    const std::uint32_t first_row = tile + at.block * BLOCK_ROWS + w * ROWS;
+    if constexpr (FILM<AnyArguments>)
+      gather_rows(a, shared.x[w], first_row, thread);
+    else
+      barrier_wait(shared.x_full[w], count % 2);
     normalise_rows(shared.x[w], shared.normed[w], thread);
     fence_async();
+    if constexpr (FILM<AnyArguments>) leave_x();
     warpgroup_sync(1 + w);
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
@@ -270,15 +289,20 @@ VITUP_DEVICE void consume(const QuantisedArguments& a, Shared& shared, const Pla
     free_slot(ended);
     // Derived from it anew: registers do not hold that through the products.
     const std::uint32_t same_thread = opaque(thread);
-    add_residual(shared, sums, shared.x[w], same_thread);
-    warp_sync();
-    if (lane == 0) barrier_arrive(shared.x_empty[w]);
+    complete_sums<!FILM<AnyArguments>>(shared, sums, shared.x[w], same_thread);
+    if constexpr (FILM<AnyArguments>) {
+      barrier_wait(shared.x_full[w], count % 2);
+      add_normed(a, sums, shared.x[w], same_thread);
+    } else {
+      leave_x();
+    }
     end_tile(a, sums, tile + at.block * BLOCK_ROWS + w * ROWS, same_thread);
   }
 }
 
 // What a thread does. All threads of a cluster come and leave together.
-VITUP_DEVICE void run_thread(const QuantisedArguments& a, Shared& shared, const Place& at) {
+template <class AnyArguments>
+VITUP_DEVICE void run_thread(const AnyArguments& a, Shared& shared, const Place& at) {
   if (at.thread == 0) init_barriers(shared);
   static_assert(THREADS == DIM);
   shared.scale2[at.thread] = load_float(a.scale2 + at.thread);

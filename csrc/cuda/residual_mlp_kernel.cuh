@@ -89,7 +89,7 @@ struct FilmArguments : Arguments {
 };
 
 template <class AnyArguments>
-constexpr bool FILM = std::is_same_v<AnyArguments, FilmArguments>;
+constexpr bool FILM = std::is_base_of_v<FilmArguments, AnyArguments>;
 
 struct alignas(1024) Shared {
   unsigned char x[CONSUMERS][STRIPS][X_STRIP_BYTES];

@@ -333,13 +333,12 @@ def film_mlp(
     """``x + LNl(W2 gelu(W1 LN1(m) + b1) + b2)`` of the modulated tokens m, ``[M, D]``, and the moments of its rows."""
     rows, E = x.view(-1, x.shape[-1]), layers.first.weight.shape[0]
     read = (tokens, modulation.gamma_beta, layers.second.weight, *out_norm)
-    if cuda.fits_one_kernel("film_mlp", E, x, *read):
+    if layers.quantised is not None or cuda.fits_one_kernel("film_mlp", E, x, *read):
         out, out_moments = in_buffer(buffers.out, rows.shape, x.dtype, x), None
         if want_moments:
             out_moments = in_buffer(buffers.out_moments, (len(rows), 1, 2), wide(x.dtype), x)
-        weights, table = (*layers.first[:2], *layers.second[:2]), modulation.row is not None
-        source = (modulation.gamma_beta, modulation.pointers(), table)
-        cuda.film_mlp(x, tokens, *source, weights, out_norm, out, out_moments)
+        source = (modulation.gamma_beta, modulation.pointers(), modulation.row is not None)
+        cuda.film_mlp(x, tokens, *source, layers.one_kernel, out_norm, out, out_moments)
         return out, out_moments
     modulated, moments = modulate(x, tokens, modulation, buffers.modulated, buffers.modulated_moments)
     hidden, _ = linear(
@@ -404,8 +403,9 @@ def forward(
     coords: Tensor | None,
     tokens: Tensor,
     *weights_and_table: Tensor | None,
+    fp8: bool = False,
 ) -> Tensor:
-    """Forward pass of :func:`vitup_fast.ops.film_mlp`."""
+    """Forward pass of :func:`vitup_fast.ops.film_mlp`; with ``fp8`` its products take 8 bits."""
     position, mlp = weights_and_table[:4], weights_and_table[4:10]
     out_norm = tuple(t.contiguous() for t in weights_and_table[10:12])
     x, tokens = x.contiguous(), tokens.contiguous()
@@ -413,7 +413,15 @@ def forward(
     if table is not None:
         check_indices(table, tokens, row, token)
     modulation, _ = film_modulation(coords, tokens, position, *weights_and_table[12:])
-    return film_mlp(x, tokens, modulation, fold_mlp(*mlp), out_norm)[0].view_as(x)
+    if fp8:
+        x, tokens, *out_norm = map(cuda.aligned, (x, tokens, *out_norm))
+        modulation = modulation._replace(gamma_beta=cuda.aligned(modulation.gamma_beta))
+    return film_mlp(x, tokens, modulation, fold_mlp(*mlp, fp8=fp8), tuple(out_norm))[0].view_as(x)
+
+
+def forward_fp8(*arguments: Tensor | None) -> Tensor:
+    """The same with 8-bit products."""
+    return forward(*arguments, fp8=True)
 
 
 def backward(

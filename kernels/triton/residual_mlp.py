@@ -18,6 +18,11 @@ class FoldedMLP(NamedTuple):
     second: Folded
     quantised: cuda.QuantisedMLP | None = None  # where products take 8 bits
 
+    @property
+    def one_kernel(self) -> tuple[Tensor, ...]:
+        """As the kernels that hold both layers take it."""
+        return self.quantised or (*self.first[:2], *self.second[:2])
+
 
 def fold_mlp(
     norm_weight: Tensor,
@@ -43,15 +48,12 @@ def residual_mlp(
     want_moments: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """``x + W2 gelu(W1 LN(x) + b1) + b2`` and the moments of its rows; buffers as for :func:`linear`."""
-    hidden_width, one_kernel = layers.first.weight.shape[0], layers.quantised is not None
-    if one_kernel or cuda.fits_one_kernel("residual_mlp", hidden_width, x, layers.second.weight):
+    E = layers.first.weight.shape[0]
+    if layers.quantised is not None or cuda.fits_one_kernel("residual_mlp", E, x, layers.second.weight):
         result, new_moments = in_buffer(out, x.shape, x.dtype, x), None
         if want_moments:
             new_moments = in_buffer(out_moments, (len(x), 1, 2), wide(x.dtype), x)
-        if layers.quantised is not None:
-            cuda.residual_mlp_fp8(x, layers.quantised, result, new_moments)
-        else:
-            cuda.residual_mlp(x, (*layers.first[:2], *layers.second[:2]), result, new_moments)
+        cuda.residual_mlp(x, layers.one_kernel, result, new_moments)
         return result, new_moments
     part = {"operation": "residual_mlp"}
     hidden, _ = linear(x, layers.first, moments, gelu=True, out=hidden, **part)  # [M, E]
@@ -68,11 +70,9 @@ def forward(x: Tensor, *weights: Tensor) -> Tensor:
 
 def forward_fp8(x: Tensor, *weights: Tensor) -> Tensor:
     """The same with 8-bit products."""
-    rows = x.contiguous().view(-1, x.shape[-1])  # [M, D]
-    if rows.data_ptr() % 16:  # as much is copied at once
-        rows = rows.clone()
+    rows = cuda.aligned(x.contiguous()).view(-1, x.shape[-1])  # [M, D]
     result = rows.new_empty(rows.shape)
-    cuda.residual_mlp_fp8(rows, fold_mlp(*weights, fp8=True).quantised, result, None)
+    cuda.residual_mlp(rows, fold_mlp(*weights, fp8=True).one_kernel, result, None)
     return result.view(x.shape)
 
 

@@ -52,7 +52,7 @@ def implementations() -> list[Implementation]:
         Implementation(
             "cuda_fp8",
             fp8 is None,
-            fp8 or "the same with residual MLPs in 8-bit floating point; only when asked for",
+            fp8 or "the same with MLPs in 8-bit floating point; only when asked for",
         ),
         Implementation("cpu", cpu is None, cpu or f"compiled kernels for CPU tensors ({_instruction_set()})"),
         Implementation(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import KernelError
-from ..kernels.cuda import compiled_kernels
+from ..kernels.cuda import aligned, compiled_kernels
 from ..network.image_cache import ImageCache
 from ..network.weights import BlockWeights, DecoderWeights, NetworkWeights, Snapshot
 from ..ops.coordinates import position_dtype, rope_angles, rotate_complex, token_centres
@@ -55,7 +55,7 @@ class FoldedBlock(NamedTuple):
 
 
 def fold_block(block: BlockWeights, head_dim: int, fp8: bool = False) -> FoldedBlock:
-    """Fold the parameters of one block; with ``fp8`` quantise those of its residual MLPs."""
+    """Fold the parameters of one block; with ``fp8`` quantise its MLPs."""
     from ..kernels.triton.film_mlp import fold_position
     from ..kernels.triton.linear import fold
     from ..kernels.triton.residual_mlp import fold_mlp
@@ -71,8 +71,8 @@ def fold_block(block: BlockWeights, head_dim: int, fp8: bool = False) -> FoldedB
         fold_query(*attention[:4], head_dim),
         fold(attention.out_weight, attention.out_bias),
         fold_position(*block.position),
-        fold_mlp(*block.film.mlp),
-        (block.film.out_norm_weight.contiguous(), block.film.out_norm_bias.contiguous()),
+        fold_mlp(*block.film.mlp, fp8=fp8),
+        (aligned(block.film.out_norm_weight.contiguous()), aligned(block.film.out_norm_bias.contiguous())),
         fold_mlp(*block.mlp, fp8=fp8),
         fold(*key_value, image.norm_weight, image.norm_bias),
         (image.token_norm_weight, image.token_norm_bias),
@@ -449,12 +449,11 @@ class GpuWalk(Walk):
     def __init__(self, weights: NetworkWeights, settings: Settings) -> None:
         self.settings, self.dtype = settings, settings.dtype
         self.dim = weights.decoders[0].weight.shape[1]
-        self.device = weights.freqs.device
+        self.device, self.fp8 = weights.freqs.device, settings.implementation == "cuda_fp8"
         with plain_modes(self.device):
             self.weights = weights.map(torch.Tensor.detach)
             weights = weights.map(lambda t: t.detach().to(self.dtype))
-            fp8 = settings.implementation == "cuda_fp8"
-            blocks = [fold_block(block, self.dim // settings.heads, fp8) for block in weights.blocks]
+            blocks = [fold_block(block, self.dim // settings.heads, self.fp8) for block in weights.blocks]
             self.constants = Constants(blocks, weights.inv_freq, weights.freqs)
             self.decoders = [fold_decoder(decoder) for decoder in weights.decoders]
         self._graphed: OrderedDict[tuple[object, ...], GraphedChunk] = OrderedDict()
@@ -534,9 +533,10 @@ class GpuWalk(Walk):
     def _film_beside(self, rows: int) -> bool:
         """Whether FiLM MLPs run beside the other kernels: few rows leave multiprocessors idle, and need little memory.
 
-        So few are not for one compiled kernel, which adds to the state itself (``kernels.cuda.fills_waves``).
+        So few are not for one compiled kernel, which adds to the state itself (``kernels.cuda.fills_waves``). In 8 bits
+        it takes few rows as well: features do not depend on how many others there are.
         """
-        return 3 * rows <= self.settings.usual_chunk(self.dim)
+        return not self.fp8 and 3 * rows <= self.settings.usual_chunk(self.dim)
 
     def _workspace(self, rows: int, beside: bool) -> Workspace:
         """Memory for chunks of a size."""
