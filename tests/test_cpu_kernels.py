@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from vitup_fast.kernels.cpu.rope_cross_attention import pack_attention, pack_ima
 from vitup_fast import InputError, ViTUpConfig, extension
 from vitup_fast.network import patch_grid
 from vitup_fast.ops import FilmTable, MLPWeights, norm_linear, norm_linear_argmax
+from vitup_fast.ops.coordinates import rope_angles, rotate_pairs, token_positions
 from vitup_fast.testing import (
     OPERATIONS,
     Sizes,
@@ -271,6 +273,60 @@ def test_any_number_of_bands(instruction_set, bands, dtype):
     with poisoned_allocations():
         actual = function(**arguments, impl="cpu")
     assert_within_budget(actual, function(**arguments, impl="reference"), exact, factor=1.5)
+
+
+def in_255_steps(rows):
+    """Rows as unsigned 8-bit numbers with a step each stand for them."""
+    low, high = rows.amin(-1, keepdim=True).clamp(max=0), rows.amax(-1, keepdim=True).clamp(min=0)
+    step = (high - low) / 255
+    zero = (-low / step).round()
+    return ((rows / step + zero).round() - zero) * step
+
+
+def signed(matrix, axis):
+    """A matrix as 8-bit numbers with a step for each line along an axis stand for it."""
+    step = matrix.abs().amax(axis, keepdim=True) / 127
+    return (matrix / step).round() * step
+
+
+def attention_in_8_bits(x, coords, key, value, weights, inv_freq, token_grid):
+    """Attention of which every operand of a product has 8 bits, computed exactly otherwise."""
+    normed = F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias, 1e-5)
+    query = in_255_steps(normed) @ signed(weights.query_weight, 1).mT + weights.query_bias
+    angles = rope_angles(token_positions(coords, token_grid), inv_freq).unsqueeze(2)
+    rotated = rotate_pairs(query.unflatten(-1, (key.shape[1], key.shape[3])), angles)
+    query = in_255_steps(rotated.flatten(-2)).view_as(rotated).transpose(1, 2)  # [B, Hh, N, d]
+    score = query @ signed(key, 3).mT / key.shape[3] ** 0.5
+    probability = (255 * torch.exp(score - score.amax(-1, keepdim=True))).round()
+    attended = probability @ signed(value, 2) / probability.sum(-1, keepdim=True)
+    out = in_255_steps(attended.transpose(1, 2).flatten(-2)) @ signed(weights.out_weight, 1).mT
+    return x + out + weights.out_bias
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_attention_in_8_bits_is_as_exact_as_its_operands(case, dtype, threads):
+    arguments, eager, exact = judged("rope_cross_attention", case, dtype)
+    threads(2)
+    with poisoned_allocations():
+        actual = OPERATIONS["rope_cross_attention"].function(**arguments, impl="cpu_int8")
+    rounded = attention_in_8_bits(**cast(arguments, torch.float64))
+    x = arguments["x"].double()
+    error, budget = (relative_error(y.double() - x, exact - x) for y in (actual, rounded))
+    assert error < 1.1 * math.hypot(budget, relative_error(eager.double() - x, exact - x))
+
+
+@needs_int8
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_a_bad_token_is_not_hidden_by_8_bits(name, bad):
+    arguments = OPERATIONS["rope_cross_attention"].inputs(Sizes(B=2, N=50, D=64, heads=2), seeded())
+    expected = OPERATIONS["rope_cross_attention"].function(**arguments, impl="cpu_int8")
+    arguments[name][1, 1, 9, 5] = bad
+    actual = OPERATIONS["rope_cross_attention"].function(**arguments, impl="cpu_int8")
+    assert torch.equal(actual[0], expected[0])
+    assert not actual[1].isfinite().any()
 
 
 @pytest.mark.parametrize("name", ["bilinear_sample", "rope_cross_attention", "film_mlp"])

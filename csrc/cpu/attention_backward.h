@@ -61,7 +61,7 @@ inline void attention_backward(const Common& common, const AttentionBackward& a)
     for (int64_t i = 0; i < word_count<Operand>(all_tokens); ++i)
       for (int64_t c = 0; c < d; ++c) {
         const int64_t first = i * Operand::PER_WORD;
-        channels.words[c * channels.stride + i] = packed_word<Operand>(key + first * d + c, d, all_tokens - first, 0, 0.0f);
+        channels.words[c * channels.stride + i] = packed_word<Operand>(key + first * d + c, d, all_tokens - first, 0);
       }
     float* grad_key = a.key_sums + task * all_tokens * d;
     float* grad_value = a.value_sums + task * all_tokens * d;

@@ -134,9 +134,8 @@ void residual_mlp_of(const Common& common, const ResidualMlp& a) {
 void rope_cross_attention_of(const Common& common, const RopeCrossAttention& a) {
   for_operand(common.dtype, common.precision, [&](auto tag, auto operand) {
     for_coordinates(a.coords, [&](auto coordinate) {
-      using T = typename decltype(tag)::type;
-      rope_cross_attention<T, typename decltype(coordinate)::type, typename decltype(operand)::type,
-                           typename NativeOperand<T>::type>(common, a);
+      rope_cross_attention<typename decltype(tag)::type, typename decltype(coordinate)::type,
+                           typename decltype(operand)::type>(common, a);
     });
   });
 }

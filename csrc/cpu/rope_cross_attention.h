@@ -44,20 +44,21 @@ inline void rotate(float* row, const float* bias, float scale, int64_t D, int64_
 template <class Operand, class T>
 inline void attend(const Rows<Operand>& query, int64_t rows, const int32_t* key, const int32_t* value, int64_t tokens,
                    int64_t d, Scratch scratch, float* out, int64_t out_stride, float* log2_sum) {
-  const int64_t block = smaller(KEY_BLOCK, round_up(tokens, PANEL)), key_words = word_count<Operand>(d);
+  using Number = std::conditional_t<Operand::PER_WORD == 4, uint8_t, T>;
+  const int64_t block = smaller(KEY_BLOCK, round_up(tokens, PANEL));
+  const float most_likely = Operand::PER_WORD == 4 ? 7.99f : 0.0f;  // log2 of the largest number, 255 less what exp2 errs
+  float scale[QUERY_BLOCK], zero[QUERY_BLOCK] = {};
+  for (float& step : scale) step = 1.0f;
   float* scores = scratch.take<float>(QUERY_BLOCK * block);
   // Each row of them takes the place of its scores.
-  const Rows<Operand> probabilities{(int32_t*)scores, block, nullptr, nullptr};
+  const Rows<Operand> probabilities{(int32_t*)scores, block, scale, zero};
   for (int64_t first = 0; first < rows; first += QUERY_BLOCK) {
     const int64_t count = smaller(QUERY_BLOCK, rows - first);
     float highest[QUERY_BLOCK], total[QUERY_BLOCK];
     float* result = out + first * out_stride;
     for (int64_t begin = 0; begin < tokens; begin += block) {
       const int64_t n = smaller(block, tokens - begin), padded = round_up(n, LANES);
-      for (int64_t j = 0; j < n; j += PANEL)
-        multiply_panel<Operand>(query.words + first * query.stride, query.stride, count,
-                                key + (begin + j) * key_words, key_words, smaller(PANEL, tokens - begin - j),
-                                Write{scores + j, block}, false);
+      multiply<false>(query.from_row(first), count, key, tokens, d, begin, begin + n, 0, d, scores, block, false);
       for (int64_t r = 0; r < count; ++r) {
         float* row = scores + r * block;
         for (int64_t i = n; i < padded; ++i) row[i] = -__builtin_inff();
@@ -65,15 +66,22 @@ inline void attend(const Rows<Operand>& query, int64_t rows, const int32_t* key,
             padded, splat(-__builtin_inff()), [=](int64_t i) { return load(row + i); },
             [](Floats x, Floats y) { return at_least(x, y); });
         const float before = begin > 0 ? highest[r] : -__builtin_inff();
-        float now = largest(most);
+        const float step = query.step(first + r);
+        float now = largest(most) * step - most_likely;
         now = before > now ? before : now;
         Floats sums{};
+        [[maybe_unused]] Ints rounded{};
         for (int64_t i = 0; i < padded; i += LANES) {
-          const Floats p = exp2<T>(load(row + i) - now);
+          const Floats p = exp2<Number>(load(row + i) * step - now);
           sums += p;
-          store(probabilities.numbers(r) + i, p);
+          if constexpr (Operand::PER_WORD == 4)
+            rounded += store_bytes(probabilities.numbers(r) + i, p);
+          else
+            store(probabilities.numbers(r) + i, p);
         }
-        const float added = sum(sums);
+        float added = sum(sums);
+        if constexpr (Operand::PER_WORD == 4)  // what products take, and a NaN stays in its row
+          added = sum(__builtin_convertvector(rounded, Floats)) + added * 0.0f;
         if (begin > 0) {
           const Floats kept = exp2<float>(splat(before - now));
           total[r] = total[r] * kept[0] + added;
@@ -93,11 +101,11 @@ inline void attend(const Rows<Operand>& query, int64_t rows, const int32_t* key,
   }
 }
 
-template <class T, class C, class Operand, class Native>
+template <class T, class C, class Operand>
 inline void rope_cross_attention(const Common& common, const RopeCrossAttention& a) {
   const int64_t D = a.D, d = D / a.heads, tokens = a.token_h * a.token_w;
   const int64_t step = balanced_rows(common, a.N, a.B), tiles = (a.N + step - 1) / step;
-  const int64_t key_words = packed_words<Native>(tokens, d), value_words = packed_words<Native>(d, tokens);
+  const int64_t key_words = packed_matrix_words<Operand>(tokens, d), value_words = packed_matrix_words<Operand>(d, tokens);
   const float scale = LOG2_E / __builtin_sqrtf((float)d);
   for_each(common.parallel, a.B * tiles, [&](int64_t task, int64_t thread) {
     const int64_t image = task / tiles, begin = task % tiles * step, rows = smaller(step, a.N - begin);
@@ -110,7 +118,7 @@ inline void rope_cross_attention(const Common& common, const RopeCrossAttention&
     multiply(normed, rows, a.query.words, D, D, 0, D, 0, D, product, D, false);
 
     Scratch attention = scratch;
-    const Rows<Native> query = Rows<Native>::take(attention, rows, D);
+    const Rows<Operand> query = Rows<Operand>::take(attention, rows, D);
     float* cosines = attention.take<float>(d);
     float* sines = attention.take<float>(d);
     for (int64_t r = 0; r < rows; ++r) {
@@ -118,25 +126,24 @@ inline void rope_cross_attention(const Common& common, const RopeCrossAttention&
       rotation(load_as<C>(xy) * (C)a.token_w, load_as<C>(xy + 1) * (C)a.token_h, a.inv_freq, d, cosines, sines);
       float* row = product + r * D;
       rotate(row, a.query.bias, scale, D, d, cosines, sines);
-      encode(query, r, D, [&](int64_t i) { return load(row + i); });
       if (a.attended)
         for (int64_t i = 0; i < D; i += LANES)
           store((T*)a.rotated_query + (image * a.N + begin + r) * D + i, load(row + i));
     }
+    const auto row_of = [=](int64_t r) { return [row = product + r * D](int64_t i) { return load(row + i); }; };
+    encode_rows(query, rows, D, product, D, row_of);
     for (int64_t head = 0; head < a.heads; ++head) {
-      Rows<Native> part = query;
-      part.words += head * word_count<Native>(d);
+      Rows<Operand> part = query;
+      part.words += head * word_count<Operand>(d);
       const int64_t matrix = image * a.heads + head;
-      attend<Native, T>(part, rows, a.key + matrix * key_words, a.value + matrix * value_words, tokens, d, attention,
-                              product + head * d, D, a.attended ? a.log2_sum + matrix * a.N + begin : nullptr);
+      attend<Operand, T>(part, rows, a.key + matrix * key_words, a.value + matrix * value_words, tokens, d, attention,
+                               product + head * d, D, a.attended ? a.log2_sum + matrix * a.N + begin : nullptr);
     }
     if (a.attended) {
       for (int64_t i = 0; i < rows * D; i += LANES) store((T*)a.attended + (image * a.N + begin) * D + i, load(product + i));
       if (!a.out) return;
     }
-    encode_rows(normed, rows, D, product, D, [=](int64_t r) {
-      return [row = product + r * D](int64_t i) { return load(row + i); };
-    });
+    encode_rows(normed, rows, D, product, D, row_of);
     multiply(normed, rows, a.out_projection.words, D, D, 0, D, 0, D, product, D, false);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < D; i += LANES)

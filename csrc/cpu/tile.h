@@ -55,6 +55,7 @@ struct Rows {
     using Narrow = std::conditional_t<Operand::PER_WORD == 2, bfloat16, uint8_t>;
     return (std::conditional_t<Operand::PER_WORD == 1, float, Narrow>*)(words + r * stride);
   }
+  float step(int64_t r) const { return Operand::PER_WORD == 4 ? scale[r] : 1.0f; }
   Rows from_row(int64_t r) const {
     return {words + r * stride, stride, scale ? scale + r : nullptr, zero ? zero + r : nullptr};
   }
@@ -131,8 +132,9 @@ inline void encode_rows(const Rows<Operand>& to, int64_t rows, int64_t count, [[
   }
 }
 
-// Sums of products of 8-bit integers as what they stand for. The zero point adds to every sum what columns add up to.
-template <class Operand>
+// Sums of products of 8-bit integers as what they stand for, in units of a row's step unless SCALES. The zero point adds to
+// every sum what columns add up to.
+template <class Operand, bool SCALES>
 struct Dequantise {
   const Rows<Operand>& a;
   const float* scale;  // of each column
@@ -141,7 +143,8 @@ struct Dequantise {
   template <class Adds>
   [[gnu::always_inline]] void operator()(int64_t row, int64_t column, typename Operand::Accumulator sums, Adds adds) const {
     const Floats exact = __builtin_convertvector(sums, Floats) - a.zero[row] * load(total + column);
-    write(row, column, exact * (a.scale[row] * load(scale + column)), adds);
+    const Floats step = SCALES ? a.scale[row] * load(scale + column) : load(scale + column);
+    write(row, column, exact * step, adds);
   }
 };
 
@@ -153,8 +156,8 @@ inline const int32_t* panel_of(const int32_t* packed, int64_t matrix_n, int64_t 
 }
 
 // C [rows, n] (+)= A W^T for columns [begin, end) of a packed matrix and inputs [k_begin, k_begin + k) of it, in
-// float32 without bias; `begin` is a multiple of PANEL, k_begin of a word.
-template <class Operand>
+// float32 without bias, 8-bit rows times their scales if SCALES; `begin` is a multiple of PANEL, k_begin of a word.
+template <bool SCALES = true, class Operand>
 inline void multiply(const Rows<Operand>& a, int64_t rows, const int32_t* packed, int64_t matrix_n, int64_t matrix_k,
                      int64_t begin, int64_t end, int64_t k_begin, int64_t k, float* c, int64_t c_stride,
                      bool accumulate) {
@@ -170,7 +173,7 @@ inline void multiply(const Rows<Operand>& a, int64_t rows, const int32_t* packed
       const int64_t part = k == matrix_k ? 0 : 1 + k_begin / HIDDEN_CHUNK;
       const float* total = scale + round_up(matrix_n, LANES) * (1 + part);
       multiply_panel<Operand>(a.words, a.stride, rows, panel, count, width,
-                              Dequantise<Operand>{a, scale + n, total + n, write}, accumulate, next);
+                              Dequantise<Operand, SCALES>{a, scale + n, total + n, write}, accumulate, next);
     } else {
       multiply_panel<Operand>(a.words, a.stride, rows, panel, count, width, write, accumulate, next);
     }
@@ -266,11 +269,11 @@ inline void two_layers(const Rows<Operand>& a, int64_t rows, const Matrix& first
   const Rows<Operand> hidden = Rows<Operand>::take(scratch, rows, HIDDEN_CHUNK);
   for (int64_t begin = 0; begin < first.n; begin += HIDDEN_CHUNK) {
     const int64_t width = smaller(HIDDEN_CHUNK, first.n - begin);
-    multiply(a, rows, first.words, first.n, first.k, begin, begin + width, 0, first.k, preactivation, HIDDEN_CHUNK,
-             false);
+    multiply<false>(a, rows, first.words, first.n, first.k, begin, begin + width, 0, first.k, preactivation, HIDDEN_CHUNK,
+                    false);
     const auto value_of = [=](int64_t r) {
       const float *row = preactivation + r * HIDDEN_CHUNK, *bias = first.bias + begin;
-      return [=](int64_t i) { return load(row + i) + load(bias + i); };
+      return [=, step = a.step(r)](int64_t i) { return load(row + i) * step + load(bias + i); };
     };
     if (kept)
       for (int64_t r = 0; r < rows; ++r)

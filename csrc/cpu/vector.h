@@ -162,15 +162,18 @@ inline void store(float16* to, Floats v) {
 #endif
 }
 
-// Rounds to integers from 0 to 255, ties to even.
-inline void store_bytes(uint8_t* to, Floats v) {
+// Rounds to integers from 0 to 255, ties to even, and returns them; 255 stands for more.
+inline Ints store_bytes(uint8_t* to, Floats v) {
 #if defined(__AVX512F__)
   const __m512i rounded = _mm512_max_epi32(_mm512_cvtps_epi32((__m512)v), _mm512_setzero_si512());
   _mm_storeu_si128((__m128i*)to, _mm512_cvtusepi32_epi8(rounded));
+  return (Ints)rounded;
 #else
   typedef uint8_t Bytes __attribute__((vector_size(LANES)));
   const Floats bounded = at_most(at_least(nearest_integer(v), Floats{}), splat(255.0f));
-  store_as(to, __builtin_convertvector(__builtin_convertvector(bounded, Ints), Bytes));
+  const Ints rounded = __builtin_convertvector(bounded, Ints);
+  store_as(to, __builtin_convertvector(rounded, Bytes));
+  return rounded;
 #endif
 }
 

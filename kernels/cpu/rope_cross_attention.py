@@ -41,7 +41,7 @@ def pack_attention(context: Context, weights: AttentionWeights) -> Attention:
 
 def pack_image(context: Context, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values ``[B, Hh, T, d]`` as kernels take them, ``[B * Hh, words]`` each."""
-    return context.pack(key), context.pack(value.mT)
+    return context.pack(key, int8=context.int8), context.pack(value.mT, int8=context.int8)
 
 
 def rope_cross_attention(
