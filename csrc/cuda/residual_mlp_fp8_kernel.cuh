@@ -17,8 +17,7 @@
 //   full[slot]    [1 arrival + 12288 bytes], empty[slot], x_full[w], turn[w] as there.
 //   x_empty[w]    [4 arrivals: warps]  consumer w -> row producer, when x was added to the sums; begins free. So x_full tells
 //                 a consumer too that its last tile's products have read the normalised rows, which it may write then.
-//                 Of the FiLM MLP, when m is normalised; begins not free. A warp writes m and the normalised rows of its own
-//                 products alone, which it has waited for.
+//                 Of the FiLM MLP, when m is normalised; begins not free.
 // No deadlock: order turns by tile, chunk, consumer, and follow the argument there: whatever was in a slot before was read in
 // an earlier turn of all four consumers.
 //
@@ -247,10 +246,12 @@ VITUP_DEVICE void consume(const AnyArguments& a, Shared& shared, const Place& at
     const std::uint32_t tile = (count * at.clusters + at.cluster) * CLUSTER_ROWS;
     if (tile >= a.rows) break;
     const std::uint32_t first_row = tile + at.block * BLOCK_ROWS + w * ROWS;
-    if constexpr (FILM<AnyArguments>)
+    if constexpr (FILM<AnyArguments>) {
       gather_rows(a, shared.x[w], first_row, thread);
-    else
+      warpgroup_sync(1 + w);  // the last tile's products have read the normalised rows
+    } else {
       barrier_wait(shared.x_full[w], count % 2);
+    }
     normalise_rows(shared.x[w], shared.normed[w], thread);
     fence_async();
     if constexpr (FILM<AnyArguments>) leave_x();
